@@ -1,0 +1,16 @@
+//! An etcd-compatible, Raft-replicated datastore for highly available K3s on SD cards.
+//!
+//! Start reading at ARCHITECTURE.md; the modules below are in the order in which they build on each other.
+
+pub mod limits;
+pub mod proto;
+pub mod types;
+
+pub mod env;
+
+pub mod command;
+pub mod mvcc;
+
+pub mod apply;
+
+pub mod raft;

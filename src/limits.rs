@@ -1,0 +1,65 @@
+//! Every bound in one place, with the relations between them checked at compile time.
+
+use std::time::Duration;
+
+const KIB: u64 = 1024;
+const MIB: u64 = 1024 * KIB;
+
+/// Largest client request: etcd's default, which clients have been built against (`max-request-bytes`).
+pub const REQUEST_BYTES_MAX: u64 = 3 * MIB / 2;
+
+/// What etcd allows above the request for gRPC's own framing.
+pub const GRPC_OVERHEAD_BYTES: u64 = 512 * KIB;
+
+/// Most operations in one transaction, nested ones included (`max-txn-ops`).
+pub const TXN_OPS_MAX: usize = 128;
+
+/// Deepest nesting of transactions. etcd has no limit of its own; the operation count bounds it there.
+pub const TXN_DEPTH_MAX: usize = 16;
+
+/// Largest lease TTL in seconds that etcd accepts.
+pub const LEASE_TTL_SECS_MAX: i64 = 9_000_000_000;
+
+/// Default for `quota-backend-bytes`: etcd's.
+pub const QUOTA_BACKEND_BYTES: u64 = 2 * 1024 * MIB;
+
+/// Entries that may be committed but not applied before new proposals are refused, as in etcd.
+pub const APPLY_BACKLOG_MAX: u64 = 5_000;
+
+/// One card block. Every frame starts and ends on this boundary, so a torn write can only hurt a frame that
+/// nobody was promised.
+pub const WAL_BLOCK_BYTES: u64 = 4 * KIB;
+
+/// Size a segment file is preallocated to, so that appending never changes file metadata.
+pub const WAL_SEGMENT_BYTES: u64 = 8 * MIB;
+
+/// Largest gathered batch before a barrier starts at once.
+pub const WAL_BATCH_BYTES_MAX: u64 = 256 * KIB;
+
+/// Largest record: one request plus the entry's own fields.
+pub const WAL_RECORD_BYTES_MAX: u64 = 2 * MIB;
+
+/// Largest frame on disk: a full batch and one more record of the largest size.
+pub const WAL_FRAME_BYTES_MAX: u64 = 3 * MIB;
+
+/// How long entries that only renew leases may wait for company (`wal-linger`).
+pub const WAL_LINGER: Duration = Duration::from_millis(250);
+
+/// Log that may pile up before a checkpoint is due.
+pub const CHECKPOINT_LOG_BYTES: u64 = 16 * MIB;
+
+/// Longest time between checkpoints while there is something to write.
+pub const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(300);
+
+/// Page cache of the state machine. redb's own default is 1 GiB, more than a Pi has.
+pub const STATE_CACHE_BYTES: usize = 16 << 20;
+
+/// A file that is given back when the card is full, so that deletes and compaction still work.
+pub const BALLAST_BYTES: u64 = 32 * MIB;
+
+const _: () = {
+    assert!(REQUEST_BYTES_MAX + GRPC_OVERHEAD_BYTES <= WAL_RECORD_BYTES_MAX);
+    assert!(WAL_BATCH_BYTES_MAX + WAL_RECORD_BYTES_MAX + WAL_BLOCK_BYTES <= WAL_FRAME_BYTES_MAX);
+    assert!(WAL_FRAME_BYTES_MAX * 2 <= WAL_SEGMENT_BYTES);
+    assert!(WAL_SEGMENT_BYTES.is_multiple_of(WAL_BLOCK_BYTES));
+};

@@ -1,0 +1,3 @@
+//! The `k3s-server` program.
+
+fn main() {}

@@ -1,0 +1,162 @@
+//! The node as the rest of the program sees it: propose, read, ask for its state.
+//!
+//! API SKELETON: bodies to be written.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use thiserror::Error;
+
+use crate::apply::{LeaseChange, Outcome};
+use crate::command::Command;
+use crate::mvcc::{RevisionEvents, Store};
+use crate::types::{ClusterId, LogId, LogIndex, NodeId, Revision, Term};
+
+/// Why a proposal has no outcome. None of these says that the command was not applied, except
+/// `TooManyRequests`, `TooLarge` and `Learner`, which are answered before it enters the log.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum ProposeError {
+    /// The client's deadline passed; the command may or may not be applied later.
+    #[error("request timed out")]
+    TimedOut,
+    /// No leader within the deadline; the command did not enter the log.
+    #[error("no leader")]
+    NoLeader,
+    /// Leadership changed while it was under way; the outcome is unknown.
+    #[error("leader changed")]
+    LeaderChanged,
+    /// Too much is committed and not yet applied.
+    #[error("too many requests")]
+    TooManyRequests,
+    /// This node is stopping.
+    #[error("stopped")]
+    Stopped,
+}
+
+/// Why a linearizable read cannot be served.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum ReadError {
+    /// No quorum confirmed in time.
+    #[error("request timed out")]
+    TimedOut,
+    /// No leader within the deadline.
+    #[error("no leader")]
+    NoLeader,
+    /// This node is stopping.
+    #[error("stopped")]
+    Stopped,
+}
+
+/// Proof that a linearizable read may be served from the local store now.
+#[must_use]
+#[derive(Debug)]
+pub struct ReadBarrier(());
+
+/// One member as the cluster knows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Member {
+    /// Its id.
+    pub id: NodeId,
+    /// Its name; for people.
+    pub name: String,
+    /// Where peers reach it.
+    pub peer_urls: Vec<String>,
+    /// Where clients reach it.
+    pub client_urls: Vec<String>,
+    /// No vote yet.
+    pub learner: bool,
+}
+
+/// What a node is at the moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// Answers proposals.
+    Leader,
+    /// Follows a leader, or looks for one.
+    #[default]
+    Follower,
+    /// Asks for votes.
+    Candidate,
+    /// Follows, without a vote.
+    Learner,
+}
+
+/// A node's state at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Its cluster.
+    pub cluster: ClusterId,
+    /// Itself.
+    pub node: NodeId,
+    /// Its role.
+    pub role: Role,
+    /// The newest term it knows.
+    pub term: Term,
+    /// Whom it follows.
+    pub leader: Option<NodeId>,
+    /// End of its log.
+    pub last_index: LogIndex,
+    /// Known to be on a majority.
+    pub committed: LogIndex,
+    /// In the store.
+    pub applied: LogIndex,
+    /// All members.
+    pub members: Vec<Member>,
+}
+
+/// What a batch of applied entries did, for those who follow the store.
+#[derive(Clone, Debug, Default)]
+pub struct AppliedBatch {
+    /// The last entry of the batch.
+    pub applied: LogId,
+    /// Events, a revision each, ascending.
+    pub events: Vec<Arc<RevisionEvents>>,
+    /// Changes of leases, in order.
+    pub leases: Vec<LeaseChange>,
+    /// Newest revision after the batch.
+    pub revision: Revision,
+}
+
+/// Follows the store: the watch hub and the lessor. Called on the apply path, so it must not block.
+pub trait Follow: Send + Sync + 'static {
+    /// These entries are applied and readable.
+    fn applied(&self, batch: &AppliedBatch);
+    /// The store was replaced by a snapshot: read it anew.
+    fn restored(&self, revision: Revision);
+}
+
+/// A running Raft participant.
+#[derive(Clone, Debug)]
+pub struct Node {}
+
+impl Node {
+    /// Replicates a command and returns what applying it answered. Waits out the absence of a leader until the deadline.
+    pub async fn propose(&self, _command: Command, _deadline: Instant) -> Result<Outcome, ProposeError> {
+        todo!()
+    }
+
+    /// Confirms with a majority that everything acknowledged before this call is in the local store.
+    pub async fn read_barrier(&self, _deadline: Instant) -> Result<ReadBarrier, ReadError> {
+        todo!()
+    }
+
+    /// The local store.
+    pub fn store(&self) -> &Store {
+        todo!()
+    }
+
+    /// The node's state now.
+    pub fn status(&self) -> Status {
+        todo!()
+    }
+
+    /// The node's state, and every change of it.
+    pub fn watch_status(&self) -> tokio::sync::watch::Receiver<Status> {
+        todo!()
+    }
+
+    /// Hands leadership to another voter.
+    pub async fn transfer_leader(&self, _to: NodeId, _deadline: Instant) -> Result<(), ProposeError> {
+        todo!()
+    }
+}
