@@ -19,6 +19,10 @@ pub mod v3lockpb {
 pub mod v3electionpb {
     tonic::include_proto!("v3electionpb");
 }
+/// What our own nodes write into the log and say to each other.
+pub mod node {
+    tonic::include_proto!("node");
+}
 
 /// The compiled descriptors, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/etcd_descriptors.bin"));

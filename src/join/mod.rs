@@ -1,0 +1,10 @@
+//! How a node comes to belong to a cluster. Founding one is here; joining one follows the same steps.
+//!
+//! # Invariants
+//!
+//! - Ids are random numbers made once. Addresses and host names are attributes, never identity.
+//! - Every step may be repeated: a crash anywhere in between is finished by the next start.
+
+pub mod identity;
+
+pub use identity::{Identity, IdentityError};

@@ -1,0 +1,164 @@
+//! The write-ahead log as openraft sees it: a thin translation, no decisions.
+//!
+//! # Invariants
+//!
+//! - `save_vote` returns after its barrier; `append` calls back after its barrier; nothing else waits.
+//! - Truncation and purge are ordered records in the same log, so no reordering is possible on the card.
+//! - A purge never passes the last durable checkpoint of the state machine, whatever openraft asks.
+
+use std::fmt::Debug;
+use std::io;
+use std::ops::{Bound, RangeBounds};
+use std::sync::Arc;
+
+use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
+use openraft::{OptionalSend, RaftLogReader};
+
+use super::checkpoint::CheckpointMark;
+use super::types::{self, Entry, RaftLogId, RaftVote, TypeConfig};
+use crate::command::Class;
+use crate::types::LogIndex;
+use crate::wal::{self, Record, Urgency, Wal};
+
+/// Most bytes of entries read for one message to a follower.
+const READ_BYTES_MAX: u64 = 1 << 20;
+
+/// See the module documentation.
+#[derive(Clone, Debug)]
+pub(super) struct LogStore {
+    wal: Wal,
+    checkpoint: Arc<CheckpointMark>,
+}
+
+impl LogStore {
+    pub(super) const fn new(wal: Wal, checkpoint: Arc<CheckpointMark>) -> Self {
+        Self { wal, checkpoint }
+    }
+
+    fn read(&self, start: u64, end: u64, bytes_max: u64) -> io::Result<Vec<Entry>> {
+        let range = LogIndex::new(start)..LogIndex::new(end);
+        self.wal.entries(range, bytes_max)?.into_iter().map(entry_from_wal).collect()
+    }
+}
+
+fn entry_from_wal(entry: wal::Entry) -> io::Result<Entry> {
+    let payload = types::decode_payload(&entry.payload)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    Ok(Entry { log_id: types::raft_log_id(entry.id), payload })
+}
+
+fn urgency(payload: &types::Payload) -> Urgency {
+    match payload {
+        types::Payload::Normal(command) => match command.class() {
+            Class::Lease => Urgency::Linger,
+            Class::Urgent => Urgency::Now,
+        },
+        types::Payload::Blank | types::Payload::Membership(_) => Urgency::Now,
+    }
+}
+
+fn bounds(range: &impl RangeBounds<u64>) -> (u64, u64) {
+    let start = match range.start_bound() {
+        Bound::Included(start) => *start,
+        Bound::Excluded(start) => start + 1,
+        Bound::Unbounded => 0,
+    };
+    let end = match range.end_bound() {
+        Bound::Included(end) => end + 1,
+        Bound::Excluded(end) => *end,
+        Bound::Unbounded => u64::MAX,
+    };
+    (start, end)
+}
+
+impl RaftLogReader<TypeConfig> for LogStore {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry>, io::Error> {
+        let (start, end) = bounds(&range);
+        self.read(start, end, u64::MAX)
+    }
+
+    async fn limited_get_log_entries(
+        &mut self,
+        start: u64,
+        end: u64,
+    ) -> Result<Vec<Entry>, io::Error> {
+        self.read(start, end, READ_BYTES_MAX)
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<RaftVote>, io::Error> {
+        Ok(self.wal.hard_state().vote.map(types::raft_vote))
+    }
+}
+
+impl RaftLogStorage<TypeConfig> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
+        let state = self.wal.hard_state();
+        Ok(LogState {
+            last_purged_log_id: state.purged.map(types::raft_log_id),
+            last_log_id: state.last.or(state.purged).map(types::raft_log_id),
+        })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &RaftVote) -> Result<(), io::Error> {
+        self.wal.append([Record::Vote(types::vote(vote))]).map_err(io::Error::other)?;
+        self.wal.flush().await.map_err(io::Error::other)?;
+        Ok(())
+    }
+
+    async fn save_committed(&mut self, committed: Option<RaftLogId>) -> Result<(), io::Error> {
+        if let Some(committed) = committed {
+            self.wal
+                .append([Record::Committed(types::log_id(&committed))])
+                .map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<RaftLogId>, io::Error> {
+        Ok(self.wal.hard_state().committed.map(types::raft_log_id))
+    }
+
+    async fn append<I>(
+        &mut self,
+        entries: I,
+        callback: IOFlushed<TypeConfig>,
+    ) -> Result<(), io::Error>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let records = entries.into_iter().map(|entry| Record::Entry {
+            id: types::log_id(&entry.log_id),
+            urgency: urgency(&entry.payload),
+            payload: types::encode_payload(&entry.payload),
+        });
+        self.wal
+            .append_then(records, move |result| {
+                callback.io_completed(result.map(|_durable| ()).map_err(io::Error::other));
+            })
+            .map_err(io::Error::other)
+    }
+
+    async fn truncate_after(&mut self, last: Option<RaftLogId>) -> Result<(), io::Error> {
+        let last = last.as_ref().map(types::log_id);
+        self.wal.append([Record::TruncateAfter(last)]).map_err(io::Error::other)
+    }
+
+    async fn purge(&mut self, upto: RaftLogId) -> Result<(), io::Error> {
+        let upto = types::log_id(&upto);
+        // Replay starts at the durable checkpoint; what it needs stays, even if openraft thinks otherwise.
+        if !self.checkpoint.covers(upto) {
+            return Ok(());
+        }
+        self.wal.append([Record::Purge(upto)]).map_err(io::Error::other)
+    }
+}

@@ -1,0 +1,193 @@
+//! openraft's types with our parameters, and the conversions to ours. The only file that spells them out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use bytes::Bytes;
+use openraft::alias::{CommittedLeaderIdOf, LogIdOf, VoteOf};
+use openraft::raft::responder::Responder;
+use prost::Message;
+use tokio::sync::oneshot;
+
+use super::Member;
+use crate::apply::Outcome;
+use crate::command::Encoded;
+use crate::proto::node as wire;
+use crate::types::{LogId, LogIndex, NodeId, Term, Vote};
+
+openraft::declare_raft_types!(
+    /// openraft, for this project.
+    pub TypeConfig:
+        D = Encoded,
+        R = Reply,
+        NodeId = u64,
+        Node = Member,
+        Term = u64,
+        Responder<T> = Waiter<T> where T: Send + 'static,
+);
+
+pub(super) type Raft = openraft::Raft<TypeConfig, super::state_machine::StateMachine>;
+pub(super) type RaftLogId = LogIdOf<TypeConfig>;
+pub(super) type RaftVote = VoteOf<TypeConfig>;
+pub(super) type Entry = openraft::alias::EntryOf<TypeConfig>;
+pub(super) type Membership = openraft::Membership<u64, Member>;
+pub(super) type StoredMembership = openraft::alias::StoredMembershipOf<TypeConfig>;
+pub(super) type SnapshotMeta = openraft::alias::SnapshotMetaOf<TypeConfig>;
+pub(super) type Payload = openraft::EntryPayload<Encoded, u64, Member>;
+
+/// Whoever waits for an entry. It may have gone away: then the outcome is nobody's concern.
+#[derive(Debug)]
+pub struct Waiter<T>(pub(super) oneshot::Sender<T>);
+
+impl<T: Send + 'static> Responder<TypeConfig, T> for Waiter<T> {
+    fn on_complete(self, outcome: T) {
+        drop(self.0.send(outcome));
+    }
+}
+
+/// What applying an entry answered. Blank and membership entries answer nothing.
+#[derive(Clone, Debug)]
+pub struct Reply(pub(super) Option<Outcome>);
+
+impl fmt::Display for Reply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(outcome) => write!(f, "revision {}", outcome.revision),
+            None => f.write_str("nothing"),
+        }
+    }
+}
+
+impl fmt::Display for Encoded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "command of {} bytes", self.bytes().len())
+    }
+}
+
+impl fmt::Display for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.name, self.peer_urls.join(","))
+    }
+}
+
+pub(super) fn log_id(id: &RaftLogId) -> LogId {
+    let leader = id.committed_leader_id();
+    LogId {
+        term: Term::new(leader.term),
+        leader: NodeId::new(leader.node_id),
+        index: LogIndex::new(id.index()),
+    }
+}
+
+pub(super) fn raft_log_id(id: LogId) -> RaftLogId {
+    RaftLogId::new(
+        CommittedLeaderIdOf::<TypeConfig>::new(id.term.get(), id.leader.get()),
+        id.index.get(),
+    )
+}
+
+pub(super) fn vote(vote: &RaftVote) -> Vote {
+    Vote {
+        term: Term::new(vote.leader_id.term),
+        node: NodeId::new(vote.leader_id.node_id),
+        committed: vote.committed,
+    }
+}
+
+pub(super) fn raft_vote(vote: Vote) -> RaftVote {
+    if vote.committed {
+        RaftVote::new_committed(vote.term.get(), vote.node.get())
+    } else {
+        RaftVote::new(vote.term.get(), vote.node.get())
+    }
+}
+
+pub(super) fn wire_log_id(id: LogId) -> wire::LogId {
+    wire::LogId { term: id.term.get(), leader: id.leader.get(), index: id.index.get() }
+}
+
+pub(super) fn log_id_from_wire(id: &wire::LogId) -> LogId {
+    LogId {
+        term: Term::new(id.term),
+        leader: NodeId::new(id.leader),
+        index: LogIndex::new(id.index),
+    }
+}
+
+pub(super) fn wire_membership(membership: &Membership) -> wire::Membership {
+    let configs = membership
+        .get_joint_config()
+        .iter()
+        .map(|ids| wire::VoterSet { ids: ids.iter().copied().collect() })
+        .collect();
+    let members = membership
+        .nodes()
+        .map(|(id, member)| wire::Member {
+            id: *id,
+            name: member.name.clone(),
+            peer_urls: member.peer_urls.clone(),
+            client_urls: member.client_urls.clone(),
+        })
+        .collect();
+    wire::Membership { configs, members }
+}
+
+pub(super) fn membership_from_wire(wire: wire::Membership) -> Result<Membership, String> {
+    let configs: Vec<BTreeSet<u64>> =
+        wire.configs.into_iter().map(|set| set.ids.into_iter().collect()).collect();
+    let members: BTreeMap<u64, Member> = wire
+        .members
+        .into_iter()
+        .map(|member| {
+            let id = NodeId::new(member.id);
+            let learner = !configs.iter().any(|set| set.contains(&member.id));
+            let ours = Member {
+                id,
+                name: member.name,
+                peer_urls: member.peer_urls,
+                client_urls: member.client_urls,
+                learner,
+            };
+            (member.id, ours)
+        })
+        .collect();
+    Membership::new(configs, members).map_err(|error| error.to_string())
+}
+
+/// The first byte of an entry's payload tells what it is. A command's first byte is its format version, so a
+/// command stands in the log exactly as it was encoded, without a copy. Numbers are for ever.
+mod first_byte {
+    pub(super) const BLANK: u8 = 0;
+    pub(super) const COMMAND_VERSIONS: std::ops::RangeInclusive<u8> = 1..=0x7f;
+    pub(super) const MEMBERSHIP: u8 = 0x80;
+}
+
+/// An entry's payload as it stands in the log.
+pub(super) fn encode_payload(payload: &Payload) -> Bytes {
+    match payload {
+        Payload::Blank => Bytes::from_static(&[first_byte::BLANK]),
+        Payload::Normal(command) => command.bytes().clone(),
+        Payload::Membership(membership) => {
+            let mut bytes = vec![first_byte::MEMBERSHIP];
+            bytes.extend(wire_membership(membership).encode_to_vec());
+            bytes.into()
+        }
+    }
+}
+
+/// The reverse of [`encode_payload`], for bytes whose checksum was right.
+pub(super) fn decode_payload(bytes: &Bytes) -> Result<Payload, String> {
+    match bytes.first() {
+        Some(&first_byte::BLANK) => Ok(Payload::Blank),
+        Some(&first_byte::MEMBERSHIP) => {
+            let wire = wire::Membership::decode(bytes.slice(1..))
+                .map_err(|error| format!("membership entry: {error}"))?;
+            Ok(Payload::Membership(membership_from_wire(wire)?))
+        }
+        Some(version) if first_byte::COMMAND_VERSIONS.contains(version) => {
+            Ok(Payload::Normal(Encoded::from_log(bytes.clone())))
+        }
+        Some(other) => Err(format!("entry has unknown kind {other}")),
+        None => Err("entry has no payload".to_owned()),
+    }
+}
