@@ -38,6 +38,9 @@ const CHUNK_HEADER: usize = 13;
 const RECORD_HEADER: usize = 9;
 const END_BYTES: usize = 8 + 32;
 
+/// Sees every record: its table, key and stored bytes.
+type VisitRecord<'a> = dyn FnMut(Table, &[u8], &[u8]) -> Result<(), StoreError> + 'a;
+
 /// What a stream carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DumpSummary {
@@ -49,10 +52,7 @@ pub struct DumpSummary {
 
 impl ReadTxn {
     /// Calls `visit` with every record of every table, in order, each checked.
-    pub(super) fn each_record(
-        &self,
-        visit: &mut dyn FnMut(Table, &[u8], &[u8]) -> Result<(), StoreError>,
-    ) -> Result<(), StoreError> {
+    pub(super) fn each_record(&self, visit: &mut VisitRecord<'_>) -> Result<(), StoreError> {
         for item in self.rev.iter()? {
             let (key, value) = item?;
             format::check(Table::Rev, key.value(), value.value())?;
@@ -99,7 +99,7 @@ impl ReadTxn {
 fn each_of(
     table: Table,
     source: &impl ReadableTable<Slice, Slice>,
-    visit: &mut dyn FnMut(Table, &[u8], &[u8]) -> Result<(), StoreError>,
+    visit: &mut VisitRecord<'_>,
 ) -> Result<(), StoreError> {
     for item in source.iter()? {
         let (key, value) = item?;

@@ -50,7 +50,7 @@ pub use format::Position;
 pub use hash::{KvHash, StateHash};
 pub use read::ReadTxn;
 pub use store::{Options, Store};
-pub use view::{Entry, View};
+pub use view::{Entry, View, Visit};
 pub use write::WriteTxn;
 
 /// Why a revision cannot be read.

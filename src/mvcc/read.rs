@@ -1,6 +1,5 @@
 //! Serves reads from one consistent moment of the store.
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -13,7 +12,7 @@ use super::format::{
     self, HEAD_KEY, Head, LeaseValue, MEMBERSHIP_KEY, POSITION_BYTES, Position, RevRecord, Table,
 };
 use super::store::Engine;
-use super::view::{self, Entry, Keys, RevKey, Slice, View};
+use super::view::{self, Entry, Keys, RevKey, Slice, View, Visit};
 use super::{KeyRange, LeaseRecord, RevisionEvents, StoreError};
 
 pub(super) const REV: TableDefinition<'static, RevKey, Slice> = TableDefinition::new("rev");
@@ -191,7 +190,7 @@ impl View for ReadTxn {
         &self,
         range: &KeyRange,
         at: Revision,
-        visit: &mut dyn FnMut(&[u8], &Entry) -> Result<ControlFlow<()>, StoreError>,
+        visit: &mut Visit<'_>,
     ) -> Result<(), StoreError> {
         self.keys().visit(range, at, visit)
     }

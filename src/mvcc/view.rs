@@ -35,6 +35,9 @@ pub struct Entry {
     pub lease: i64,
 }
 
+/// Sees one key after the other, until it breaks.
+pub type Visit<'a> = dyn FnMut(&[u8], &Entry) -> Result<ControlFlow<()>, StoreError> + 'a;
+
 /// What a reader and the writer can both answer.
 pub trait View {
     /// The newest revision this view shows.
@@ -51,7 +54,7 @@ pub trait View {
         &self,
         range: &KeyRange,
         at: Revision,
-        visit: &mut dyn FnMut(&[u8], &Entry) -> Result<ControlFlow<()>, StoreError>,
+        visit: &mut Visit<'_>,
     ) -> Result<(), StoreError>;
 
     /// Fetches the value of an entry of this view.
@@ -168,7 +171,7 @@ where
         &self,
         range: &KeyRange,
         at: Revision,
-        visit: &mut dyn FnMut(&[u8], &Entry) -> Result<ControlFlow<()>, StoreError>,
+        visit: &mut Visit<'_>,
     ) -> Result<(), StoreError> {
         let bounds: (Bound<&[u8]>, Bound<&[u8]>) = match range {
             KeyRange::One(key) => {

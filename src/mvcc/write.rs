@@ -21,7 +21,7 @@ use super::format::{
     Position, RevRecord, Table,
 };
 use super::read::{self, CUR, LEASE, LEASE_KEY, META, REV};
-use super::view::{self, Entry, Keys, RevKey, Slice, View};
+use super::view::{self, Entry, Keys, RevKey, Slice, View, Visit};
 use super::{KeyRange, LeaseRecord, RevisionEvents, StoreError};
 
 /// The one writer. What it did is committed as a whole when its closure succeeds, and undone when it fails.
@@ -316,7 +316,7 @@ impl View for WriteTxn<'_> {
         &self,
         range: &KeyRange,
         at: Revision,
-        visit: &mut dyn FnMut(&[u8], &Entry) -> Result<ControlFlow<()>, StoreError>,
+        visit: &mut Visit<'_>,
     ) -> Result<(), StoreError> {
         self.keys().visit(range, at, visit)
     }
