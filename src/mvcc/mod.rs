@@ -2,6 +2,8 @@
 //!
 //! API SKELETON: bodies to be written. See design section 5.
 
+pub mod backend;
+
 use std::path::Path;
 use std::sync::Arc;
 
