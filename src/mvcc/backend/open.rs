@@ -199,7 +199,7 @@ fn recover(
                 return rebuild(env, file, len, &header, last, RebuildReason::Damaged);
             }
             // A redb file that this module has never written to.
-            if is_redb && tag.is_none() && table.header.is_some() {
+            if is_redb && tag.is_none() {
                 return rebuild(env, file, len, &header, last, RebuildReason::Foreign);
             }
             load(&**file, len, &header, slot, table)
@@ -312,8 +312,11 @@ impl<'a> Estimate<'a> {
 
     /// Whether redb had not finished making the database: it writes its magic last.
     fn is_unborn(&self, header: &[u8]) -> bool {
-        let knew_magic = self.before.header.is_some_and(|copy| copy.starts_with(&REDB_MAGIC));
-        !knew_magic && !header.starts_with(&REDB_MAGIC) && self.is_whole(0, crc32c::crc32c(header))
+        let has_magic = |copy: Option<HeaderCopy>| copy.is_some_and(|c| c.starts_with(&REDB_MAGIC));
+        let may_have_been_born = has_magic(self.after.header);
+        !has_magic(self.before.header)
+            && !header.starts_with(&REDB_MAGIC)
+            && (!may_have_been_born || self.is_whole(0, crc32c::crc32c(header)))
     }
 }
 
@@ -327,11 +330,12 @@ fn load(
     let newest = table.newest();
     let mut estimate = Estimate::new(table, len)?;
     estimate.adopt(file)?;
+    let found = crc32c::crc32c(header);
     if len == 0 || estimate.is_unborn(header) {
+        estimate.actual.first_mut().into_iter().for_each(|crc| *crc = found);
         return Ok(begin(table.id, estimate.actual, newest, 1 - slot));
     }
 
-    let found = crc32c::crc32c(header);
     let whole = estimate.is_whole(0, found);
     let expected = estimate.after.crcs.first().copied().unwrap_or_default();
     // A damaged header keeps its place in the table under the checksum it should have, so that a second
