@@ -25,6 +25,7 @@
 //!
 //! What a command means (`apply`), when to checkpoint and to compact (`raft`, `etcd`), time (`lease`).
 
+pub mod backend;
 mod compaction;
 mod disk;
 mod dump;
