@@ -14,3 +14,5 @@ pub mod mvcc;
 pub mod apply;
 
 pub mod raft;
+
+pub mod backup;
