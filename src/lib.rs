@@ -7,10 +7,17 @@ pub mod proto;
 pub mod types;
 
 pub mod env;
+pub mod metrics;
 
 pub mod command;
 pub mod mvcc;
+pub mod pki;
+pub mod systemd;
 
 pub mod apply;
 
 pub mod raft;
+
+pub mod observe;
+
+pub mod server;
