@@ -140,7 +140,7 @@ impl fmt::Display for EventId {
 macro_rules! announce {
     ($id:path, $($rest:tt)+) => {
         ::tracing::event!(
-            const { $id.level() },
+            $id.level(),
             { $crate::observe::fields::MESSAGE_ID } = %$id,
             { $crate::observe::fields::REMEDY } = $id.remedy(),
             $($rest)+
