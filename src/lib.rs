@@ -7,12 +7,25 @@ pub mod proto;
 pub mod types;
 
 pub mod env;
+pub mod metrics;
 
 pub mod command;
+pub mod config;
 pub mod mvcc;
+pub mod pki;
+pub mod systemd;
+
+pub mod critical;
 
 pub mod apply;
 
 pub mod raft;
 
 pub mod backup;
+pub mod join;
+
+pub mod observe;
+
+pub mod server;
+
+pub mod cli;

@@ -1,0 +1,221 @@
+//! The events a person may look for, each with a number that never changes.
+//!
+//! The number becomes the journal's `MESSAGE_ID`; `journalctl -x` finds the explanation in
+//! `systemd/k3s-server.catalog` by it, `journalctl MESSAGE_ID=…` finds every occurrence. A test holds this table and the
+//! catalog against each other. Numbers were drawn at random once; never reuse or change one.
+//!
+//! Say one with [`announce!`](crate::announce): it adds the level, the number and the remedy.
+
+use std::fmt;
+
+use tracing::Level;
+
+/// Declares the catalog: name, number, level, remedy for those that have one.
+macro_rules! events {
+    ($($(#[$doc:meta])* $name:ident = $id:literal, $level:ident $(, $remedy:literal)?;)+) => {
+        /// The stable name of a log event. See the module documentation.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum EventId {
+            $($(#[$doc])* $name,)+
+        }
+
+        impl EventId {
+            /// Every event.
+            pub const ALL: &'static [Self] = &[$(Self::$name),+];
+
+            /// The number.
+            pub const fn number(self) -> u128 {
+                match self {
+                    $(Self::$name => $id,)+
+                }
+            }
+
+            /// How urgent it is.
+            pub const fn level(self) -> Level {
+                match self {
+                    $(Self::$name => Level::$level,)+
+                }
+            }
+
+            /// What the operator can do. Every warning and error has one.
+            pub const fn remedy(self) -> Option<&'static str> {
+                match self {
+                    $(Self::$name => events!(@remedy $($remedy)?),)+
+                }
+            }
+        }
+    };
+    (@remedy) => { None };
+    (@remedy $remedy:literal) => { Some($remedy) };
+}
+
+events! {
+    /// The daemon begins.
+    Starting = 0xca1f8d0efc574880b1c63112fa1bf2a7, INFO;
+    /// A datastore was found and opened.
+    DatastoreFound = 0xffbc4ab792404c24815db1e96f127322, INFO;
+    /// A new datastore was made: a new cluster begins.
+    DatastoreCreated = 0xcc0f554a8e314032b03e86198064aa51, INFO;
+    /// The critical flags equal the cluster's.
+    FlagsMatch = 0x3b3485eabf8c47529cc73deca4a120c7, INFO;
+    /// At least one critical flag differs from the cluster's.
+    FlagsMismatch = 0x8cdfe6312ba24edb85203ec6469ccfaf, ERROR,
+        "set the listed flags to the cluster's values in /etc/k3s/config.yaml on this node, then run `systemctl restart k3s-server`";
+    /// There is a new leader.
+    LeaderChanged = 0xf6a82f8a3b37480fb7fe895ed1703acc, INFO;
+    /// There is no leader; writes wait.
+    LeaderLost = 0x0cc445a7fbf44b31be27b4a8600f8a9d, WARN,
+        "check that a majority of the servers is running and that port 2380 is reachable between them";
+    /// The node serves.
+    Ready = 0xd997da6130b745d6af392af6d8f1ca03, INFO;
+    /// The node has begun to stop.
+    Stopping = 0x406aae4579e74fffb9b4db371e1a3f2a, INFO;
+    /// The node has stopped; everything is on the card.
+    Stopped = 0xd3518a9da89e4614b5f7cc42929bdae2, INFO;
+    /// The node stops because a part of it failed.
+    Failed = 0x29a85f7cec4e4b6bb58c60379aaf7c0b, ERROR,
+        "read the reason above; systemd starts the service again, and `systemctl status k3s-server` shows whether that helped";
+    /// The state was made durable.
+    Checkpoint = 0x289c044e93614c50b5bf530cccba3e8f, DEBUG;
+    /// A write barrier took very long.
+    SlowBarrier = 0x63c35a417ee447298c9754bf48625f91, WARN,
+        "a pause now and then is normal for an SD card; if this repeats, look for `mmc` errors in `journalctl -k`, and consider a card of application class A2 or an SSD";
+    /// A write barrier failed. The node stops.
+    BarrierFailed = 0xf8f0deeccafc41a789e5a07b030e0846, ERROR,
+        "check `journalctl -k -g mmc`; if the card reports errors, replace it, remove this node from the cluster and join it again";
+    /// The log ended in a half-written batch, as after a power cut. Nothing acknowledged was in it.
+    TornTailCut = 0x62b09b167db1447f9e71a3dd02e8d73c, INFO;
+    /// The log is damaged before its end: acknowledged writes may be missing on this card.
+    LogCorrupt = 0x3bfd1ef16889441a92006a1a01599b4a, ERROR,
+        "do not delete anything; with other servers running, remove this node from the cluster and join it again; alone, restore the last backup";
+    /// The state file is damaged.
+    StateDamaged = 0x6607024824534aacb39c6a8b8b2ecc2d, ERROR,
+        "with other servers running, remove this node from the cluster and join it again; alone, restore the last backup; replace the card if it happens again";
+    /// The file system is full.
+    DiskFull = 0x7435732f0d224cce8cb0292270047388, ERROR,
+        "free space on the file system that holds the datastore; until then only reads, deletes and compaction work";
+    /// An alarm was raised.
+    AlarmRaised = 0xc3530229a6bc4c7e963ec839dcc9dfec, WARN,
+        "NOSPACE: compact and defragment, or raise `quota-backend-bytes`, then `etcdctl alarm disarm`; CORRUPT: find the member that differs, remove it and join it again";
+    /// An alarm was cleared.
+    AlarmCleared = 0x12cb5e43306e4228bffe3c4f335a1555, INFO;
+    /// A certificate was issued anew.
+    CertificateRenewed = 0xfe87f8243bdd4fe0b39ec43679a72189, INFO;
+    /// A certificate or key cannot be used or renewed.
+    CertificateProblem = 0xaf6b83159bb24860a950e0cf49ba6a55, ERROR,
+        "the message names the file and what is wrong with it; restore that file from a backup of this node, or move a damaged server, peer or client pair away and restart, and a new pair is made";
+    /// The configuration cannot be used.
+    ConfigurationError = 0x63699df9adad440aa38d5ee090c7da92, ERROR,
+        "correct the listed lines, try `k3s-server check`, then run `systemctl restart k3s-server`";
+    /// The configuration can be used, but something in it looks wrong.
+    ConfigurationWarning = 0x9418bcfdf37a4dba96fbcd85bb2923dc, WARN,
+        "the message names the key and the file; `k3s-server check` repeats it without starting";
+    /// The wall clock is before the day this release was made.
+    ClockUnset = 0xc929a8c08540400ab6ee7b44f04014b5, WARN,
+        "nothing has to be done if the network sets the time soon; otherwise check `timedatectl`";
+    /// An address cannot be listened on.
+    ListenFailed = 0xf9e81f43f2ff479191ceff00eb790381, ERROR,
+        "the message names the address and, where it can be seen, the process that holds it; stop that process or change the address";
+    /// Connections are refused because a cap was reached.
+    ConnectionsRefused = 0xf335a5a68204491986923ad2c47f8097, WARN,
+        "look for a client that opens connections without closing them: `ss -tn sport = :2379`";
+    /// A file with a secret can be read by others.
+    SecretExposed = 0x2267d7dba8b8413382b44b47f58689f5, WARN,
+        "run `chmod 600` on the file, and rotate the token if others had accounts on this machine";
+    /// This node's promises cannot be trusted; it takes no part in decisions.
+    Quarantined = 0xc6b3f8e0194d4907b8833fe7b777ef60, ERROR,
+        "an older image, a copied card or a lying card is behind this; remove this node from the cluster and join it again";
+}
+
+impl fmt::Display for EventId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.number())
+    }
+}
+
+/// Says a catalogued event: `announce!(EventId::Ready, { fields::TERM } = 5, "ready to serve")`.
+///
+/// The event id must be written out as a path, because level and number are fixed at compile time.
+#[macro_export]
+macro_rules! announce {
+    ($id:path, $($rest:tt)+) => {
+        ::tracing::event!(
+            $id.level(),
+            { $crate::observe::fields::MESSAGE_ID } = %$id,
+            { $crate::observe::fields::REMEDY } = $id.remedy(),
+            $($rest)+
+        )
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::*;
+
+    const CATALOG: &str = include_str!("../../systemd/k3s-server.catalog");
+
+    struct Entry {
+        subject: String,
+        body: String,
+    }
+
+    /// Reads the catalog as systemd does: `-- <id>`, headers up to an empty line, then the text.
+    fn catalog() -> BTreeMap<u128, Entry> {
+        let mut entries = BTreeMap::new();
+        for section in CATALOG.split("\n-- ").skip(1) {
+            let (id, rest) = section.split_once('\n').unwrap();
+            let id = u128::from_str_radix(id.trim(), 16).unwrap();
+            let (headers, body) = rest.split_once("\n\n").unwrap();
+            let header = |name: &str| {
+                headers
+                    .lines()
+                    .find_map(|line| line.strip_prefix(name))
+                    .unwrap_or_else(|| panic!("{id:032x} has no {name}"))
+                    .trim()
+                    .to_owned()
+            };
+            assert_eq!(header("Defined-By:"), "k3s-server");
+            let entry = Entry { subject: header("Subject:"), body: words(body) };
+            assert!(entries.insert(id, entry).is_none(), "{id:032x} is in the catalog twice");
+        }
+        entries
+    }
+
+    fn words(text: &str) -> String {
+        text.split_whitespace().collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn catalog_explains_exactly_the_events_there_are() {
+        let explained: BTreeSet<u128> = catalog().into_keys().collect();
+        let known: BTreeSet<u128> = EventId::ALL.iter().map(|event| event.number()).collect();
+        assert_eq!(known.len(), EventId::ALL.len(), "two events share a number");
+        assert_eq!(known, explained);
+    }
+
+    #[test]
+    fn warnings_and_errors_have_a_remedy_and_the_catalog_tells_the_same_one() {
+        let catalog = catalog();
+        for event in EventId::ALL {
+            let entry = &catalog[&event.number()];
+            assert!(!entry.subject.is_empty(), "{event:?}");
+            assert!(entry.body.len() > 40, "{event:?} is not explained");
+            let urgent = event.level() <= Level::WARN;
+            assert_eq!(event.remedy().is_some(), urgent, "{event:?}");
+            if let Some(remedy) = event.remedy() {
+                let told = format!("Remedy: {}", words(remedy));
+                assert!(entry.body.contains(&told), "{event:?}: {}\n{told}", entry.body);
+            }
+        }
+    }
+
+    #[test]
+    fn placeholders_in_the_catalog_are_fields_we_send() {
+        for placeholder in CATALOG.split('@').skip(1).step_by(2) {
+            let field = placeholder.to_lowercase().replacen('_', ".", 1);
+            assert!(super::super::fields::ALL.contains(&field.as_str()), "@{placeholder}@");
+        }
+    }
+}

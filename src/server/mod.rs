@@ -1,0 +1,3 @@
+//! Assembles a node out of its parts.
+
+pub mod listen;

@@ -1,0 +1,25 @@
+//! Talks to the service manager: readiness, status, watchdog, signals.
+//!
+//! Everything works the same, silently, when no service manager is there.
+//!
+//! # Shape
+//!
+//! [`Notifier`] sends the messages. [`Readiness`] says READY=1 once, when every part has reported in.
+//! [`Watchdog`] feeds systemd's watchdog for as long as the loop that matters has a [`Pulse`]. [`Shutdown`]
+//! is the one path on which the process ends, whoever starts it.
+//!
+//! # Invariants
+//!
+//! - READY=1 is sent at most once, and only when all latches are set.
+//! - The watchdog is fed on behalf of another loop, never for the sake of its own timer.
+//! - The first reason to stop is the one reported; later ones change nothing.
+
+mod notify;
+mod ready;
+mod shutdown;
+mod watchdog;
+
+pub use notify::Notifier;
+pub use ready::{Latch, Readiness};
+pub use shutdown::{Shutdown, StopReason};
+pub use watchdog::{Pulse, Watchdog};
