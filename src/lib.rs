@@ -9,6 +9,7 @@ pub mod types;
 pub mod env;
 
 pub mod command;
+pub mod config;
 pub mod mvcc;
 
 pub mod apply;
