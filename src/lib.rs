@@ -12,6 +12,8 @@ pub mod command;
 pub mod config;
 pub mod mvcc;
 
+pub mod critical;
+
 pub mod apply;
 
 pub mod raft;

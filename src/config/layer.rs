@@ -317,7 +317,7 @@ mod tests {
 
     #[test]
     fn repeated_keys_are_named_with_both_lines() {
-        let (seen, problems) = layer("token: a\nt: b\ntls-san: x\ntls-san+: y\n");
+        let (seen, problems) = layer("token: a\nt: b\ntls-san: x\ntls-san+: z\n");
 
         assert_eq!(seen.len(), 4);
         assert!(

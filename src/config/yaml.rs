@@ -88,6 +88,8 @@ fn single(problem: Problem) -> Problems {
 struct Document<'a> {
     file: &'a Arc<str>,
     text: &'a str,
+    /// Where each line begins, so that finding the place of a scalar does not walk the whole text.
+    line_starts: Vec<usize>,
 }
 
 impl<'a> Document<'a> {
@@ -117,7 +119,9 @@ impl<'a> Document<'a> {
                 .expected("UTF-8")
                 .fix("save the file as UTF-8")
         })?;
-        let document = Self { file, text };
+        let line_starts =
+            std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect();
+        let document = Self { file, text, line_starts };
         if let Some(offset) = too_deep(text) {
             return Err(Problem::error(document.origin(offset), "brackets are nested too deeply")
                 .expected("a mapping of keys to values or lists"));
@@ -184,8 +188,9 @@ impl<'a> Document<'a> {
     }
 
     fn position(&self, offset: usize) -> Position {
-        let (line, column) = line_and_column(self.text, offset);
-        Position { file: Arc::clone(self.file), line, column }
+        let line = self.line_starts.partition_point(|start| *start <= offset).max(1);
+        let before = self.text.get(self.line_starts[line - 1]..offset).unwrap_or_default();
+        Position { file: Arc::clone(self.file), line, column: before.chars().count() + 1 }
     }
 
     /// Where a borrowed text lies in the input.
