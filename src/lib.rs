@@ -28,4 +28,3 @@ pub mod observe;
 
 pub mod server;
 
-pub mod cli;

@@ -1,0 +1,35 @@
+//! Decides whether this server's settings fit the cluster, and says exactly where they do not.
+//!
+//! Some settings shape the whole cluster: two servers with different service networks or different component
+//! lists fight each other without a word. K3s compares some of them, once, at a server's first join, and names
+//! neither values nor servers. Here all of them are recorded with the cluster and compared at every join and
+//! every start, in a canonical form, so that a default and the same value written out are equal.
+//!
+//! # Shape
+//!
+//! [`CriticalFlags::of`] takes a checked configuration. [`CriticalFlags::found`] makes the record of a new
+//! cluster; [`CriticalFlags::matches`] compares with an existing [`ClusterFlags`]. Both end in [`MatchedFlags`],
+//! the proof that founding and joining ask for. Pure: the record is bytes to its keeper.
+//!
+//! # Invariants
+//!
+//! - Only a comparison without a difference, or founding, makes a [`MatchedFlags`].
+//! - [`Flag::ALL`] and the rows of the table marked critical are the same set.
+//! - Flags this version does not know stay in a record it rewrites.
+//!
+//! # Not here
+//!
+//! When to compare and whom to ask (`join`, `server`), changing a flag on purpose (`admin`).
+
+mod compare;
+mod flag;
+mod format;
+mod render;
+mod value;
+
+pub use compare::{
+    ClusterFlags, ClusterSide, CriticalFlags, MatchedFlags, Mismatch, Mismatches, Recorded,
+};
+pub use flag::{Change, Flag};
+pub use format::DecodeError;
+pub use value::Value;
