@@ -35,6 +35,12 @@ impl LogStore {
         Self { wal, checkpoint }
     }
 
+    /// Puts a record in its place in the order of writes. It becomes durable with what follows it.
+    fn remember(&self, record: Record) -> io::Result<()> {
+        // Nobody waits for it; a log that failed says so to whoever does wait.
+        self.wal.append(vec![record], Urgency::RideAlong, |_| ()).map_err(io::Error::other)
+    }
+
     fn read(&self, start: u64, end: u64, bytes_max: u64) -> io::Result<Vec<Entry>> {
         let range = LogIndex::new(start)..LogIndex::new(end);
         self.wal.entries(range, bytes_max)?.into_iter().map(entry_from_wal).collect()
@@ -50,10 +56,10 @@ fn entry_from_wal(entry: wal::Entry) -> io::Result<Entry> {
 fn urgency(payload: &types::Payload) -> Urgency {
     match payload {
         types::Payload::Normal(command) => match command.class() {
-            Class::Lease => Urgency::Linger,
-            Class::Urgent => Urgency::Now,
+            Class::Lease => Urgency::Lease,
+            Class::Urgent => Urgency::Urgent,
         },
-        types::Payload::Blank | types::Payload::Membership(_) => Urgency::Now,
+        types::Payload::Blank | types::Payload::Membership(_) => Urgency::Urgent,
     }
 }
 
@@ -109,18 +115,15 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &RaftVote) -> Result<(), io::Error> {
-        self.wal.append([Record::Vote(types::vote(vote))]).map_err(io::Error::other)?;
-        self.wal.flush().await.map_err(io::Error::other)?;
-        Ok(())
+        self.remember(Record::Vote(types::vote(vote)))?;
+        self.wal.flush().await.map(|_durable| ()).map_err(io::Error::other)
     }
 
     async fn save_committed(&mut self, committed: Option<RaftLogId>) -> Result<(), io::Error> {
-        if let Some(committed) = committed {
-            self.wal
-                .append([Record::Committed(types::log_id(&committed))])
-                .map_err(io::Error::other)?;
+        match committed {
+            Some(committed) => self.remember(Record::Committed(types::log_id(&committed))),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     async fn read_committed(&mut self) -> Result<Option<RaftLogId>, io::Error> {
@@ -136,21 +139,27 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let records = entries.into_iter().map(|entry| Record::Entry {
-            id: types::log_id(&entry.log_id),
-            urgency: urgency(&entry.payload),
-            payload: types::encode_payload(&entry.payload),
-        });
+        // One entry that somebody waits for takes the whole append along.
+        let mut most_urgent = Urgency::Lease;
+        let records = entries
+            .into_iter()
+            .map(|entry| {
+                most_urgent = most_urgent.max(urgency(&entry.payload));
+                Record::Entry {
+                    id: types::log_id(&entry.log_id),
+                    payload: types::encode_payload(&entry.payload),
+                }
+            })
+            .collect();
         self.wal
-            .append_then(records, move |result| {
+            .append(records, most_urgent, move |result| {
                 callback.io_completed(result.map(|_durable| ()).map_err(io::Error::other));
             })
             .map_err(io::Error::other)
     }
 
     async fn truncate_after(&mut self, last: Option<RaftLogId>) -> Result<(), io::Error> {
-        let last = last.as_ref().map(types::log_id);
-        self.wal.append([Record::TruncateAfter(last)]).map_err(io::Error::other)
+        self.remember(Record::TruncateAfter(last.as_ref().map(types::log_id)))
     }
 
     async fn purge(&mut self, upto: RaftLogId) -> Result<(), io::Error> {
@@ -159,6 +168,6 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         if !self.checkpoint.covers(upto) {
             return Ok(());
         }
-        self.wal.append([Record::Purge(upto)]).map_err(io::Error::other)
+        self.remember(Record::Purge(upto))
     }
 }

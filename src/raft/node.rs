@@ -21,7 +21,7 @@ use crate::command::{Command, Encoded};
 use crate::env::Env;
 use crate::limits;
 use crate::mvcc::{Store, StoreError};
-use crate::types::{ClusterId, LogIndex, NodeId, Term};
+use crate::types::{ByteCount, ClusterId, LogIndex, NodeId, Term};
 use crate::wal::Wal;
 
 /// Timing of the consensus. The defaults tolerate a card that stalls for seconds.
@@ -155,7 +155,7 @@ impl Node {
         let (status, failure, follow) = follow_metrics(&raft, cluster, id);
         let (checkpoint_requests, requests) = mpsc::unbounded_channel();
         let checkpointer = Checkpointer {
-            schedule: Schedule::new(options.checkpoint, env.clock.now(), wal.bytes_written()),
+            schedule: Schedule::new(options.checkpoint, env.clock.now(), bytes_written(&wal)),
             env: env.clone(),
             raft: raft.clone(),
             wal: wal.clone(),
@@ -437,6 +437,13 @@ struct Checkpointer {
     mark: Arc<CheckpointMark>,
 }
 
+/// Newest segments that stay although a checkpoint covers them, so that a follower that lags needs no snapshot.
+const KEPT_SEGMENTS: usize = limits::WAL_SLOTS_MIN;
+
+fn bytes_written(wal: &Wal) -> ByteCount {
+    ByteCount::new(wal.stats().bytes_written)
+}
+
 /// How often time alone may make a checkpoint due.
 const CHECKPOINT_TICK: Duration = Duration::from_secs(1);
 
@@ -460,7 +467,7 @@ impl Checkpointer {
                 }
                 () = self.env.clock.sleep(CHECKPOINT_TICK) => {}
             }
-            if self.schedule.due(self.env.clock.now(), self.wal.bytes_written())
+            if self.schedule.due(self.env.clock.now(), bytes_written(&self.wal))
                 && let Err(error) = self.checkpoint().await
             {
                 // The store's own failure channel stops the node; the log stays and replays.
@@ -470,13 +477,13 @@ impl Checkpointer {
     }
 
     async fn checkpoint(&mut self) -> Result<(), StoreError> {
-        self.schedule.started(self.env.clock.now(), self.wal.bytes_written());
+        self.schedule.started(self.env.clock.now(), bytes_written(&self.wal));
         // Applied may be ahead of locally durable: the log first, then the store.
         if self.wal.flush().await.is_err() {
             return Err(StoreError::stopped());
         }
         let checkpoint = self.store.checkpoint()?;
-        let Some(applied) = checkpoint.applied else { return Ok(()) };
+        let Some(applied) = checkpoint.applied() else { return Ok(()) };
         checkpoint.durable().await?;
         self.mark.raise(applied);
         self.purge().await;
@@ -485,7 +492,7 @@ impl Checkpointer {
 
     /// Lets the log forget what the checkpoint covers, but keeps some for followers that lag.
     async fn purge(&self) {
-        let (Some(durable), Some(unneeded)) = (self.mark.durable(), self.wal.purgeable()) else {
+        let (Some(durable), Some(unneeded)) = (self.mark.durable(), self.wal.last_before(KEPT_SEGMENTS)) else {
             return;
         };
         let upto = durable.index.min(unneeded.index);
