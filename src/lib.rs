@@ -10,7 +10,9 @@ pub mod env;
 
 pub mod command;
 pub mod mvcc;
+pub mod wal;
 
 pub mod apply;
 
 pub mod raft;
+
