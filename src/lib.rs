@@ -16,6 +16,7 @@ pub mod pki;
 pub mod systemd;
 
 pub mod critical;
+pub mod wal;
 
 pub mod apply;
 

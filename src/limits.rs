@@ -42,6 +42,15 @@ pub const WAL_RECORD_BYTES_MAX: u64 = 2 * MIB;
 /// Largest frame on disk: a full batch and one more record of the largest size.
 pub const WAL_FRAME_BYTES_MAX: u64 = 3 * MIB;
 
+/// Slots the log fills ahead: the active one, what piles up until a checkpoint, and a spare.
+pub const WAL_SLOTS_MIN: usize = 4;
+
+/// Slots kept for reuse. More exist only while their entries may not be purged.
+pub const WAL_SLOTS_MAX: usize = 16;
+
+/// Newest entries kept in memory for followers and for applying, beside those not yet durable.
+pub const WAL_CACHE_BYTES: u64 = 8 * MIB;
+
 /// How long entries that only renew leases may wait for company (`wal-linger`).
 pub const WAL_LINGER: Duration = Duration::from_millis(250);
 
@@ -62,4 +71,6 @@ const _: () = {
     assert!(WAL_BATCH_BYTES_MAX + WAL_RECORD_BYTES_MAX + WAL_BLOCK_BYTES <= WAL_FRAME_BYTES_MAX);
     assert!(WAL_FRAME_BYTES_MAX * 2 <= WAL_SEGMENT_BYTES);
     assert!(WAL_SEGMENT_BYTES.is_multiple_of(WAL_BLOCK_BYTES));
+    assert!(CHECKPOINT_LOG_BYTES.div_ceil(WAL_SEGMENT_BYTES) + 2 <= WAL_SLOTS_MIN as u64);
+    assert!(WAL_SLOTS_MIN <= WAL_SLOTS_MAX);
 };

@@ -1,16 +1,37 @@
 //! The node as the rest of the program sees it: propose, read, ask for its state.
 //!
-//! API SKELETON: bodies to be written.
+//! Only this module knows openraft. Its types stay inside; what crosses the edge are the types below, and what
+//! goes to the card or to peers is written by our own code.
+//!
+//! # Shape
+//!
+//! - [`Node`]: the handle. [`node`] puts openraft, the log and the store together.
+//! - `log_store`, `state_machine`, `network`: what openraft asks of us, each a thin translation.
+//! - [`checkpoint`]: when the store is made durable and the log may forget.
+//!
+//! # Invariants
+//!
+//! - A leader that restarts is elected anew (`enable_leader_restore` off), a constant.
+//! - A proposal that may have entered the log is never offered again.
+//! - The log is purged only up to a checkpoint that is durable.
+
+pub mod checkpoint;
+pub mod node;
+
+mod log_store;
+mod network;
+mod state_machine;
+mod types;
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use thiserror::Error;
 
-use crate::apply::{LeaseChange, Outcome};
-use crate::command::Command;
-use crate::mvcc::{RevisionEvents, Store};
+use crate::apply::LeaseChange;
+use crate::mvcc::RevisionEvents;
 use crate::types::{ClusterId, LogId, LogIndex, NodeId, Revision, Term};
+
+pub use node::{Node, Options, Parts, StartError, StopError};
 
 /// Why a proposal has no outcome. None of these says that the command was not applied, except
 /// `TooManyRequests`, `TooLarge` and `Learner`, which are answered before it enters the log.
@@ -123,48 +144,4 @@ pub trait Follow: Send + Sync + 'static {
     fn applied(&self, batch: &AppliedBatch);
     /// The store was replaced by a snapshot: read it anew.
     fn restored(&self, revision: Revision);
-}
-
-/// A running Raft participant.
-#[derive(Clone, Debug)]
-pub struct Node {}
-
-impl Node {
-    /// Replicates a command and returns what applying it answered. Waits out the absence of a leader until the deadline.
-    pub async fn propose(
-        &self,
-        _command: Command,
-        _deadline: Instant,
-    ) -> Result<Outcome, ProposeError> {
-        todo!()
-    }
-
-    /// Confirms with a majority that everything acknowledged before this call is in the local store.
-    pub async fn read_barrier(&self, _deadline: Instant) -> Result<ReadBarrier, ReadError> {
-        todo!()
-    }
-
-    /// The local store.
-    pub fn store(&self) -> &Store {
-        todo!()
-    }
-
-    /// The node's state now.
-    pub fn status(&self) -> Status {
-        todo!()
-    }
-
-    /// The node's state, and every change of it.
-    pub fn watch_status(&self) -> tokio::sync::watch::Receiver<Status> {
-        todo!()
-    }
-
-    /// Hands leadership to another voter.
-    pub async fn transfer_leader(
-        &self,
-        _to: NodeId,
-        _deadline: Instant,
-    ) -> Result<(), ProposeError> {
-        todo!()
-    }
 }

@@ -492,14 +492,13 @@ impl Checkpointer {
 
     /// Lets the log forget what the checkpoint covers, but keeps some for followers that lag.
     async fn purge(&self) {
-        let (Some(durable), Some(unneeded)) = (self.mark.durable(), self.wal.last_before(KEPT_SEGMENTS)) else {
-            return;
-        };
-        let upto = durable.index.min(unneeded.index);
+        let kept = self.wal.first_index_in_newest(KEPT_SEGMENTS);
+        let (Some(durable), Some(kept)) = (self.mark.durable(), kept) else { return };
+        let upto = durable.index.get().min(kept.get().saturating_sub(1));
         let trigger = self.raft.trigger();
         if trigger.snapshot().await.is_ok() {
             // A stopping node purges after its next start.
-            drop(trigger.purge_log(upto.get()).await);
+            drop(trigger.purge_log(upto).await);
         }
     }
 }

@@ -1,0 +1,295 @@
+//! Knows what the log holds: hard state, which entries there are, the newest of them, and where the others stand.
+//!
+//! Two views. What was *accepted* is visible to readers at once ([`View`]); where entries stand in files
+//! ([`Runs`]) follows the frames as they become durable.
+//!
+//! # Shape
+//!
+//! Pure: no I/O, no locks. Recovery replays frames through the same [`HardState::apply`] and [`Runs`] that a running
+//! log uses, so both agree on what a record means.
+//!
+//! # Invariants
+//!
+//! - `purged <= last` by index, and entries are contiguous from after `purged` to `last`.
+//! - The cache is a contiguous run of entries that ends at `last`, and holds every entry that is not durable.
+//! - A live index that is not in the cache is found in the last run that starts at or before it.
+
+use std::collections::VecDeque;
+
+use super::format::RecordRef;
+use super::{Entry, HardState, Record, Refused};
+use crate::types::{LogId, LogIndex, SegmentNo, WriteSeq};
+
+/// An entry that does not continue the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Gap {
+    pub(super) found: LogId,
+    pub(super) last: LogId,
+}
+
+impl HardState {
+    /// What a record changes. An entry must follow `last`; the first entry of all may have any index.
+    pub(super) fn apply(&mut self, record: &RecordRef<'_>) -> Result<(), Gap> {
+        match *record {
+            RecordRef::Entry { id, .. } => {
+                if let Some(last) = self.last
+                    && last.index.next() != id.index
+                {
+                    return Err(Gap { found: id, last });
+                }
+                self.last = Some(id);
+            }
+            RecordRef::Vote(vote) => self.vote = Some(vote),
+            RecordRef::Committed(id) => self.committed = Some(id),
+            RecordRef::TruncateAfter(keep) => {
+                let keep = newer(keep, self.purged);
+                if index(keep) < index(self.last) {
+                    self.last = keep;
+                }
+            }
+            RecordRef::Purge(id) => {
+                self.purged = newer(Some(id), self.purged);
+                if index(self.last) <= index(self.purged) {
+                    self.last = self.purged;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The first index that is not purged, if anything was.
+    pub(super) fn first_kept(&self) -> LogIndex {
+        self.purged.map_or(LogIndex::new(0), |id| id.index.next())
+    }
+
+    /// Whether there are entries.
+    pub(super) fn has_entries(&self) -> bool {
+        index(self.purged) < index(self.last)
+    }
+}
+
+/// `None`, "before everything", orders first.
+fn index(id: Option<LogId>) -> Option<LogIndex> {
+    id.map(|id| id.index)
+}
+
+/// The one with the higher index; the first if they are equal.
+fn newer(a: Option<LogId>, b: Option<LogId>) -> Option<LogId> {
+    if index(a) < index(b) { b } else { a }
+}
+
+/// The log as accepted: what readers see.
+#[derive(Debug)]
+pub(super) struct View {
+    state: HardState,
+    cache: VecDeque<Cached>,
+    cache_bytes: usize,
+    /// Counts truncations, so that a reader that left the lock notices one.
+    truncations: u64,
+}
+
+#[derive(Debug)]
+struct Cached {
+    entry: Entry,
+    seq: WriteSeq,
+}
+
+impl View {
+    pub(super) const fn new(state: HardState) -> Self {
+        Self { state, cache: VecDeque::new(), cache_bytes: 0, truncations: 0 }
+    }
+
+    pub(super) const fn state(&self) -> HardState {
+        self.state
+    }
+
+    pub(super) const fn truncations(&self) -> u64 {
+        self.truncations
+    }
+
+    /// Whether all of these can be accepted, one after the other.
+    pub(super) fn check(&self, records: &[Record]) -> Result<(), Refused> {
+        let mut state = self.state;
+        for record in records {
+            state
+                .apply(&RecordRef::from(record))
+                .map_err(|Gap { found, last }| Refused::Gap { found, last })?;
+        }
+        Ok(())
+    }
+
+    /// The hard state after a record that `check` has passed.
+    pub(super) fn state_after(&self, record: &Record) -> HardState {
+        let mut state = self.state;
+        let applied = state.apply(&RecordRef::from(record));
+        assert!(applied.is_ok(), "an unchecked record: {applied:?}");
+        state
+    }
+
+    /// Accepts a record that `check` has passed.
+    pub(super) fn accept(&mut self, record: Record, seq: WriteSeq) {
+        let applied = self.state.apply(&RecordRef::from(&record));
+        assert!(applied.is_ok(), "accepted an unchecked record: {applied:?}");
+        match record {
+            Record::Entry { id, payload } => {
+                self.cache_bytes += payload.len();
+                self.cache.push_back(Cached { entry: Entry { id, payload }, seq });
+            }
+            Record::TruncateAfter(_) => {
+                self.truncations += 1;
+                let last = index(self.state.last);
+                while self.cache.back().is_some_and(|c| last < Some(c.entry.id.index)) {
+                    self.forget_back();
+                }
+            }
+            Record::Purge(_) => {
+                let first = self.state.first_kept();
+                while self.cache.front().is_some_and(|c| c.entry.id.index < first) {
+                    self.forget_front();
+                }
+            }
+            Record::Vote(_) | Record::Committed(_) => {}
+        }
+    }
+
+    /// Drops the oldest durable entries until the cache is small enough.
+    pub(super) fn evict(&mut self, durable: WriteSeq, bytes_max: u64) {
+        while bytes_max < self.cache_bytes as u64
+            && self.cache.front().is_some_and(|c| c.seq <= durable)
+        {
+            self.forget_front();
+        }
+    }
+
+    /// First index that the cache has.
+    pub(super) fn cached_from(&self) -> Option<LogIndex> {
+        self.cache.front().map(|c| c.entry.id.index)
+    }
+
+    /// The cached entry at an index.
+    pub(super) fn cached(&self, index: LogIndex) -> Option<&Entry> {
+        let first = self.cached_from()?;
+        let offset = usize::try_from(index.get().checked_sub(first.get())?).ok()?;
+        self.cache.get(offset).map(|c| &c.entry)
+    }
+
+    fn forget_front(&mut self) {
+        if let Some(gone) = self.cache.pop_front() {
+            self.cache_bytes -= gone.entry.payload.len();
+        }
+    }
+
+    fn forget_back(&mut self) {
+        if let Some(gone) = self.cache.pop_back() {
+            self.cache_bytes -= gone.entry.payload.len();
+        }
+    }
+}
+
+/// Where a frame stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FrameAt {
+    pub(super) segment: SegmentNo,
+    pub(super) block: u32,
+    pub(super) blocks: u32,
+}
+
+/// What a frame does to the entries in files, in order. Much less than its records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Effect {
+    /// Entries from this index on.
+    Entries(LogIndex),
+    /// Entries after this index are gone.
+    TruncateAfter(Option<LogIndex>),
+}
+
+impl Effect {
+    /// Notes a record; consecutive entries are one effect.
+    pub(super) fn note(effects: &mut Vec<Self>, record: &RecordRef<'_>) {
+        match record {
+            RecordRef::Entry { id, .. } => {
+                if !matches!(effects.last(), Some(Self::Entries(_))) {
+                    effects.push(Self::Entries(id.index));
+                }
+            }
+            RecordRef::TruncateAfter(keep) => effects.push(Self::TruncateAfter(index(*keep))),
+            RecordRef::Vote(_) | RecordRef::Committed(_) | RecordRef::Purge(_) => {}
+        }
+    }
+}
+
+/// Entries from `first` up to the next run's first stand in this frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    pub(super) first: LogIndex,
+    pub(super) at: FrameAt,
+}
+
+/// Which frame holds which entry: one item per frame, not per entry.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Runs(VecDeque<Run>);
+
+impl Runs {
+    /// A frame became durable; `state` is the hard state after it.
+    pub(super) fn apply(&mut self, effects: &[Effect], at: FrameAt, state: &HardState) {
+        for effect in effects {
+            match *effect {
+                Effect::Entries(first) => {
+                    self.truncate(|run| run.first < first || (run.at == at && run.first <= first));
+                    if self.0.back().is_none_or(|run| run.at != at) {
+                        self.0.push_back(Run { first, at });
+                    }
+                }
+                Effect::TruncateAfter(keep) => self.truncate(|run| Some(run.first) <= keep),
+            }
+        }
+        self.forget_purged(state);
+    }
+
+    /// The entries of `old` also stand in `new`, which is certainly on the card.
+    pub(super) fn repoint(&mut self, old: FrameAt, new: FrameAt) {
+        for run in self.0.iter_mut().rev().take_while(|run| run.at == old) {
+            run.at = new;
+        }
+    }
+
+    /// The run that holds an index, and where the next run starts.
+    pub(super) fn find(&self, index: LogIndex) -> Option<(Run, Option<LogIndex>)> {
+        let after = self.0.partition_point(|run| run.first <= index);
+        let run = self.0.get(after.checked_sub(1)?)?;
+        Some((*run, self.0.get(after).map(|next| next.first)))
+    }
+
+    /// The oldest segment that holds a live entry.
+    pub(super) fn oldest_segment(&self) -> Option<SegmentNo> {
+        self.0.front().map(|run| run.at.segment)
+    }
+
+    /// First index that stands in this segment or a newer one.
+    pub(super) fn first_since(&self, segment: SegmentNo) -> Option<LogIndex> {
+        let start = self.0.partition_point(|run| run.at.segment < segment);
+        self.0.get(start).map(|run| run.first)
+    }
+
+    /// First index that stands in a file.
+    pub(super) fn first(&self) -> Option<LogIndex> {
+        self.0.front().map(|run| run.first)
+    }
+
+    fn truncate(&mut self, keep: impl Fn(&Run) -> bool) {
+        while self.0.back().is_some_and(|run| !keep(run)) {
+            self.0.pop_back();
+        }
+    }
+
+    fn forget_purged(&mut self, state: &HardState) {
+        if !state.has_entries() {
+            self.0.clear();
+            return;
+        }
+        let first = state.first_kept();
+        while self.0.get(1).is_some_and(|next| next.first <= first) {
+            self.0.pop_front();
+        }
+    }
+}

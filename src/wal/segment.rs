@@ -1,0 +1,197 @@
+//! One slot on disk: its name, its header block, and the frames in it.
+//!
+//! # Shape
+//!
+//! Reads only. The bytes are judged by `format`; what a missing or bad frame means is decided by `recovery`.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::format::{BLOCK, Defect, FrameHeader, SlotHeader};
+use super::log::FrameAt;
+use crate::env::{Disk, DiskFile, Open};
+use crate::types::SegmentNo;
+
+const PREFIX: &str = "slot-";
+const SUFFIX: &str = ".wal";
+
+/// Blocks looked at together when searching for frames.
+const SEARCH_BLOCKS: u32 = 64;
+
+/// An open log file.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) number: usize,
+    pub(super) path: PathBuf,
+    pub(super) file: Arc<dyn DiskFile>,
+    /// Length in blocks, the header's included.
+    pub(super) blocks: u32,
+}
+
+/// Why a frame could not be read.
+#[derive(Debug)]
+pub(super) enum ReadError {
+    /// The kernel's answer.
+    Io(io::Error),
+    /// The bytes are not that frame.
+    Defect(Defect),
+}
+
+impl From<io::Error> for ReadError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<Defect> for ReadError {
+    fn from(defect: Defect) -> Self {
+        Self::Defect(defect)
+    }
+}
+
+/// The file name of a slot.
+pub(super) fn path_of(dir: &Path, number: usize) -> PathBuf {
+    dir.join(format!("{PREFIX}{number:02}{SUFFIX}"))
+}
+
+/// The slot number of a file name.
+pub(super) fn number_of(path: &Path) -> Option<usize> {
+    let name = path.file_name()?.to_str()?;
+    let digits = name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX)?;
+    let number = digits.parse().ok()?;
+    (path_of(Path::new(""), number) == Path::new(name)).then_some(number)
+}
+
+/// The slots of a directory, by number.
+pub(super) fn list(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<usize>> {
+    let mut numbers: Vec<usize> =
+        disk.list(dir)?.iter().filter_map(|path| number_of(path)).collect();
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+impl Slot {
+    pub(super) fn open(disk: &dyn Disk, dir: &Path, number: usize, how: Open) -> io::Result<Self> {
+        let path = path_of(dir, number);
+        let file = disk.open(&path, how)?;
+        let blocks = u32::try_from(file.len()? / BLOCK as u64).unwrap_or(u32::MAX);
+        Ok(Self { number, path, file, blocks })
+    }
+
+    /// The header in block 0, or the copy of it in the last block.
+    pub(super) fn header(&self, block: u32) -> Result<SlotHeader, ReadError> {
+        if self.blocks == 0 {
+            return Err(Defect::Short { found: 0, expected: BLOCK }.into());
+        }
+        let mut bytes = vec![0; BLOCK];
+        self.file.read_at(&mut bytes, offset_of(block))?;
+        Ok(SlotHeader::decode(&bytes)?)
+    }
+
+    /// The block that is kept free for a copy of the header; frames end before it.
+    pub(super) const fn copy_block(&self) -> u32 {
+        self.blocks.saturating_sub(1)
+    }
+
+    /// The frame header at a block, whatever frame it is.
+    pub(super) fn frame_header(
+        &self,
+        block: u32,
+        buffer: &mut Vec<u8>,
+    ) -> Result<FrameHeader, ReadError> {
+        buffer.resize(BLOCK, 0);
+        self.file.read_at(buffer, offset_of(block))?;
+        Ok(FrameHeader::decode(buffer)?)
+    }
+
+    /// Reads the rest of a frame whose header has been read into `buffer`; its raw payload replaces `raw`.
+    pub(super) fn payload(
+        &self,
+        header: &FrameHeader,
+        buffer: &mut Vec<u8>,
+        raw: &mut Vec<u8>,
+    ) -> Result<(), ReadError> {
+        let (block, blocks) = (header.block, header.blocks());
+        if self.blocks.saturating_sub(block) < blocks {
+            return Err(Defect::Length {
+                found: header.payload_bytes,
+                expected: self.blocks.saturating_sub(block) as usize * BLOCK,
+            }
+            .into());
+        }
+        buffer.resize(blocks as usize * BLOCK, 0);
+        if 1 < blocks {
+            self.file.read_at(&mut buffer[BLOCK..], offset_of(block + 1))?;
+        }
+        raw.clear();
+        Ok(header.payload(buffer, raw)?)
+    }
+
+
+    /// The first frame header at or after `from` that `wanted` accepts.
+    pub(super) fn search(
+        &self,
+        from: u32,
+        wanted: impl Fn(&FrameHeader, u32) -> bool,
+    ) -> io::Result<Option<FrameHeader>> {
+        let mut window = Vec::new();
+        let mut block = from;
+        while block < self.blocks {
+            let blocks = SEARCH_BLOCKS.min(self.blocks - block);
+            window.resize(blocks as usize * BLOCK, 0);
+            self.file.read_at(&mut window, offset_of(block))?;
+            for (bytes, at) in window.chunks_exact(BLOCK).zip(block..) {
+                if let Ok(header) = FrameHeader::decode(bytes)
+                    && wanted(&header, at)
+                {
+                    return Ok(Some(header));
+                }
+            }
+            block += blocks;
+        }
+        Ok(None)
+    }
+}
+
+/// Where a block starts.
+pub(super) fn offset_of(block: u32) -> u64 {
+    u64::from(block) * BLOCK as u64
+}
+
+/// A slot in one of its lives.
+#[derive(Clone, Debug)]
+pub(super) struct Segment {
+    pub(super) number: SegmentNo,
+    pub(super) generation: u64,
+    pub(super) slot: Arc<Slot>,
+}
+
+impl Segment {
+    /// The raw payload of a frame, with one read.
+    pub(super) fn read(&self, at: FrameAt, raw: &mut Vec<u8>) -> Result<FrameHeader, ReadError> {
+        let mut buffer = vec![0; at.blocks as usize * BLOCK];
+        self.slot.file.read_at(&mut buffer, offset_of(at.block))?;
+        let header = FrameHeader::decode(&buffer)?;
+        header.check_place(self.generation, self.number, at.block)?;
+        raw.clear();
+        header.payload(&buffer, raw)?;
+        Ok(header)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_slot_files_are_slots() {
+        assert_eq!(number_of(Path::new("/d/slot-00.wal")), Some(0));
+        assert_eq!(number_of(Path::new("/d/slot-07.wal")), Some(7));
+        assert_eq!(number_of(Path::new("/d/slot-123.wal")), Some(123));
+        for other in ["slot-7.wal", "slot-007.wal", "slot-+7.wal", "slot-.wal", "slot-00.wal~", "lock"]
+        {
+            assert_eq!(number_of(Path::new(other)), None, "{other}");
+        }
+    }
+}
