@@ -136,6 +136,11 @@ impl CardDisk {
         card.waiting.drain(..).for_each(Waker::wake);
     }
 
+    /// The kernel never stopped: everything written is still seen.
+    pub fn restart(&self) {
+        self.0.lock().unwrap().cut_at = None;
+    }
+
     /// Power comes back: of what was not synced, any sectors are there, some of them garbled.
     pub fn power_on(&self, chance: &mut Chance) {
         let mut card = self.0.lock().unwrap();

@@ -278,8 +278,14 @@ fn power_cut_run(seed: u64) -> Seen {
             seen.closed +=
                 u32::from(live(node, &mut chance, &mut promises, &mut marker, transactions));
         }
-        disk.power_on(&mut chance);
+        if chance.one_in(3) {
+            // The process was killed; what the kernel had not written yet is still to be lost.
+            disk.restart();
+        } else {
+            disk.power_on(&mut chance);
+        }
     }
+    disk.restart();
     check_at_rest(&env, &promises, seed);
     seen
 }
@@ -382,10 +388,10 @@ fn every_flipped_bit_of_a_data_block_is_found_when_the_block_is_read() {
 }
 
 /// The file as redb would read it: headers without our tag, so that repaired ones compare equal.
-fn raw_read(disk: &CardDisk) -> Result<Vec<u8>, String> {
+fn raw_read(disk: &CardDisk, blocks: usize) -> Result<Vec<u8>, String> {
     let (backend, _drain) = Backend::open(&disk.env(2), Path::new(PATH), Options::default())
         .map_err(|error| error.to_string())?;
-    let mut bytes = vec![0; backend.len().unwrap() as usize];
+    let mut bytes = vec![0; (backend.len().unwrap() as usize).min(blocks * 4096)];
     backend.read(0, &mut bytes).map_err(|error| error.to_string())?;
     bytes[320..512].fill(0);
     Ok(bytes)
@@ -395,10 +401,10 @@ fn raw_read(disk: &CardDisk) -> Result<Vec<u8>, String> {
 fn every_flipped_bit_of_the_header_is_repaired_from_its_copy() {
     let disk = CardDisk::default();
     let contents = small_database(&disk);
-    let right = raw_read(&disk).unwrap();
+    let right = raw_read(&disk, 1).unwrap();
     for bit in 0..4096 * 8 {
         disk.flip(Path::new(PATH), bit);
-        assert!(raw_read(&disk).unwrap() == right, "bit {bit}");
+        assert!(raw_read(&disk, 1).unwrap() == right, "bit {bit}");
         if bit % (8 * 16 + 1) == 0 {
             assert_eq!(open_and_read(&disk.copy()).as_ref(), Ok(&contents), "bit {bit}");
         }
@@ -410,32 +416,33 @@ fn every_flipped_bit_of_the_header_is_repaired_from_its_copy() {
 fn no_flipped_bit_of_the_database_file_gives_wrong_data() {
     let master = CardDisk::default();
     let contents = small_database(&master);
-    let blocks = master.edit(Path::new(PATH), |bytes| bytes.len()) / 4096;
-    let is_refused = |byte: usize| {
-        let disk = master.copy();
-        disk.flip(Path::new(PATH), byte * 8 + byte % 8);
-        let found = open_and_read(&disk);
-        assert!(found.as_ref().is_ok_and(|found| *found == contents) || found.is_err(), "{byte}");
-        found.is_err()
-    };
-
-    let used: Vec<usize> = (1..blocks).filter(|block| is_refused(block * 4096 + 9)).collect();
-    let bytes = used.iter().flat_map(|block| (block * 4096..(block + 1) * 4096).step_by(41));
-    let mut flips = 0;
-    for byte in bytes {
-        assert!(is_refused(byte), "byte {byte} is in a page that is read");
-        flips += 1;
+    let used = used_blocks(&master);
+    assert!(used.len() > 5, "{used:?}");
+    for byte in used.iter().flat_map(|block| (block * 4096..(block + 1) * 4096).step_by(41)) {
+        assert!(flip_is_refused(&master, &contents, byte), "byte {byte} is in a page that is read");
     }
+}
 
-    eprintln!("{} of {blocks} pages are read, {flips} flips in them refused", used.len());
-    assert!(used.len() > 5);
+/// Pages that reading everything comes by.
+fn used_blocks(master: &CardDisk) -> Vec<usize> {
+    let contents = open_and_read(&master.copy()).unwrap();
+    let blocks = master.edit(Path::new(PATH), |bytes| bytes.len()) / 4096;
+    (1..blocks).filter(|block| flip_is_refused(master, &contents, block * 4096 + 9)).collect()
+}
+
+fn flip_is_refused(master: &CardDisk, contents: &Contents, byte: usize) -> bool {
+    let disk = master.copy();
+    disk.flip(Path::new(PATH), byte * 8 + byte % 8);
+    let found = open_and_read(&disk);
+    assert!(found.as_ref().is_ok_and(|found| found == contents) || found.is_err(), "{byte}");
+    found.is_err()
 }
 
 #[test]
 fn no_flipped_bit_of_a_table_file_costs_the_data() {
     let disk = CardDisk::default();
     let contents = small_database(&disk);
-    let right = raw_read(&disk).unwrap();
+    let right = raw_read(&disk, 40).unwrap();
     for path in TABLE_PATHS.map(Path::new) {
         let Ok(true) = disk.exists(path) else { continue };
         let used = disk.edit(path, |bytes| bytes.iter().rposition(|byte| *byte != 0).unwrap());
@@ -446,7 +453,7 @@ fn no_flipped_bit_of_a_table_file_costs_the_data() {
                 continue;
             }
             disk.flip(path, bit);
-            assert!(raw_read(&disk).unwrap() == right, "bit {bit} of {path:?}");
+            assert!(raw_read(&disk, 40).unwrap() == right, "bit {bit} of {path:?}");
             if bit % 997 == 0 {
                 let found = open_and_read(&disk.copy());
                 assert_eq!(found.as_ref(), Ok(&contents), "bit {bit} of {path:?}");
@@ -656,6 +663,35 @@ fn waiting_writer_is_released_by_a_failure() {
 }
 
 #[test]
+fn blocks_rewritten_and_drained_while_they_are_read_are_read_whole() {
+    const BLOCKS: u64 = 8;
+    let disk = CardDisk::default();
+    let options = Options { epoch_bytes_max: 8 << 10, ..Options::default() };
+    let (backend, drain) = Backend::open(&disk.env(1), Path::new(PATH), options).unwrap();
+    let thread = drain.spawn_thread().unwrap();
+    backend.set_len(BLOCKS * 4096).unwrap();
+    let writer = {
+        let backend = backend.clone();
+        std::thread::spawn(move || {
+            for round in 0..3_000_u64 {
+                backend.write(round % BLOCKS * 4096, &[round as u8; 4096]).unwrap();
+                std::thread::yield_now();
+            }
+        })
+    };
+    let mut bytes = vec![0; 4096];
+    let mut reads = 0;
+    while !writer.is_finished() {
+        reads += 1;
+        backend.read(4096 * (1 + reads % (BLOCKS - 1)), &mut bytes).unwrap();
+        assert!(bytes.iter().all(|byte| *byte == bytes[0]));
+    }
+    backend.close().unwrap();
+    thread.join().unwrap().unwrap();
+    assert!(backend.stats().blocks_read > 0);
+}
+
+#[test]
 fn database_dropped_over_a_threaded_drain_is_durable_when_drop_returns() {
     let disk = CardDisk::default();
     let (backend, drain) =
@@ -707,25 +743,25 @@ fn lost_table_is_made_anew_from_a_sound_database() {
 }
 
 #[test]
-fn lost_table_and_a_damaged_page_are_refused() {
+fn lost_table_and_a_damaged_page_give_no_wrong_data() {
     let master = CardDisk::default();
     let contents = small_database(&master);
+    let used = used_blocks(&master);
+    assert!(used.len() > 5, "{used:?}");
     for path in TABLE_PATHS.map(Path::new) {
         if master.exists(path).unwrap() {
             master.remove(path).unwrap();
         }
     }
-    let bytes = master.edit(Path::new(PATH), |bytes| bytes.len());
-    let mut refused = 0;
-    for byte in (4096..bytes).step_by(61) {
+    for byte in used.iter().flat_map(|block| (block * 4096..(block + 1) * 4096).step_by(211)) {
         let disk = master.copy();
         disk.flip(Path::new(PATH), byte * 8 + byte % 8);
         match open_and_read(&disk) {
+            // Free space inside a page is not all covered by redb's checksums.
             Ok(found) => assert_eq!(found, contents, "byte {byte}"),
-            Err(_) => refused += 1,
+            Err(error) => assert!(error.contains("table is lost"), "{error}"),
         }
     }
-    assert!(refused > 50, "{refused}");
 }
 
 #[test]

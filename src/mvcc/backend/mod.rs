@@ -164,10 +164,8 @@ impl DamagedBlock {
     /// Only the operation that met the damage carries it; redb answers later ones with `PreviousIo`. Use
     /// [`Backend::failure`] to learn of it in any case.
     pub fn cause_of(error: &redb::StorageError) -> Option<Self> {
-        match error {
-            redb::StorageError::Io(error) => Self::inside(error),
-            _ => None,
-        }
+        let redb::StorageError::Io(error) = error else { return None };
+        Self::inside(error)
     }
 
     /// The same for a bare I/O error.
