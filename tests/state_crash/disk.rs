@@ -103,10 +103,6 @@ impl CardDisk {
         }
     }
 
-    pub fn operations(&self) -> u64 {
-        self.0.lock().unwrap().operations
-    }
-
     pub fn written(&self) -> u64 {
         self.0.lock().unwrap().written
     }
@@ -140,6 +136,11 @@ impl CardDisk {
         card.waiting.drain(..).for_each(Waker::wake);
     }
 
+    /// The kernel never stopped: everything written is still seen.
+    pub fn restart(&self) {
+        self.0.lock().unwrap().cut_at = None;
+    }
+
     /// Power comes back: of what was not synced, any sectors are there, some of them garbled.
     pub fn power_on(&self, chance: &mut Chance) {
         let mut card = self.0.lock().unwrap();
@@ -151,7 +152,8 @@ impl CardDisk {
         let garble = chance.one_in(4);
         let keep_one_in = [1, 2, 4, 1_000_000][chance.below(4) as usize];
         for content in &mut card.contents {
-            let mut lens = content.unsynced.iter().filter(|c| matches!(c, Change::SetLen(_))).count();
+            let mut lens =
+                content.unsynced.iter().filter(|c| matches!(c, Change::SetLen(_))).count();
             lens = chance.below(lens as u64 + 1) as usize;
             for change in std::mem::take(&mut content.unsynced) {
                 match change {
@@ -163,7 +165,9 @@ impl CardDisk {
                     Change::Write(offset, bytes) => {
                         for (index, sector) in bytes.chunks(SECTOR).enumerate() {
                             let at = offset as usize + index * SECTOR;
-                            if at + sector.len() > content.durable.len() || !chance.one_in(keep_one_in) {
+                            if at + sector.len() > content.durable.len()
+                                || !chance.one_in(keep_one_in)
+                            {
                                 continue;
                             }
                             let target = &mut content.durable[at..at + sector.len()];
@@ -204,8 +208,9 @@ impl CardDisk {
     pub fn edit<T>(&self, path: &Path, edit: impl FnOnce(&mut Vec<u8>) -> T) -> T {
         let mut card = self.0.lock().unwrap();
         let content = card.names[path];
-        let result = edit(&mut card.contents[content].cached);
-        card.contents[content].durable = card.contents[content].cached.clone();
+        let content = &mut card.contents[content];
+        let result = edit(&mut content.cached);
+        content.durable.clone_from(&content.cached);
         result
     }
 

@@ -164,10 +164,8 @@ impl DamagedBlock {
     /// Only the operation that met the damage carries it; redb answers later ones with `PreviousIo`. Use
     /// [`Backend::failure`] to learn of it in any case.
     pub fn cause_of(error: &redb::StorageError) -> Option<Self> {
-        match error {
-            redb::StorageError::Io(error) => Self::inside(error),
-            _ => None,
-        }
+        let redb::StorageError::Io(error) = error else { return None };
+        Self::inside(error)
     }
 
     /// The same for a bare I/O error.
@@ -395,8 +393,17 @@ impl Backend {
     }
 
     /// Completes when redb has closed the file and everything it wrote is durable.
+    ///
+    /// redb hides what goes wrong in its last commit, which it makes when the database is dropped. So this is
+    /// also an error if anything, be it a read, failed before.
     pub fn drained(&self) -> impl Future<Output = Result<(), Failure>> + Send + 'static {
-        self.wait_for(|progress| progress.finished)
+        let done = self.wait_for(|progress| progress.finished);
+        let failure = self.failure();
+        async move {
+            done.await?;
+            let first = failure.borrow().clone();
+            first.map_or(Ok(()), Err)
+        }
     }
 
     fn wait_for(
