@@ -4,6 +4,9 @@ use std::io;
 
 use thiserror::Error;
 
+use super::backend;
+use crate::types::LogId;
+
 /// The store failed underneath: nothing a client did.
 #[derive(Debug, Error)]
 pub enum StoreError {
@@ -30,6 +33,26 @@ pub enum StoreError {
     /// An earlier I/O error has made the handle useless; the store has to be opened anew.
     #[error("state file was closed after an earlier I/O error")]
     Closed,
+    /// The file cannot be opened.
+    #[error(transparent)]
+    Open(#[from] backend::OpenError),
+    /// Writing to the card failed, or a block read from it is not what was written.
+    #[error(transparent)]
+    Card(#[from] backend::Failure),
+    /// The file was to be replaced, and a write came in meanwhile. Nothing was changed.
+    #[error("state file was written while it was being replaced; nothing was changed, try again")]
+    Overtaken,
+    /// An entry of the log that this release cannot apply.
+    #[error("cannot apply entry {id}: {what}")]
+    Entry {
+        /// The entry.
+        id: LogId,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The node is stopping.
+    #[error("the node is stopping")]
+    Stopping,
     /// A snapshot stream is not one, is cut off, or does not add up. The receiver's store is unchanged.
     #[error("snapshot stream: {0}")]
     Stream(String),
@@ -42,6 +65,7 @@ impl StoreError {
     /// Whether the card is full: deletes and compaction may help, a new card need not.
     pub fn is_no_space(&self) -> bool {
         matches!(self, Self::Io(error) if error.kind() == io::ErrorKind::StorageFull)
+            || matches!(self, Self::Card(failure) if failure.is_full())
     }
 
     pub(super) fn damaged(table: &'static str, what: impl Into<String>) -> Self {

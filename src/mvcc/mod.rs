@@ -27,7 +27,6 @@
 
 pub mod backend;
 mod compaction;
-mod disk;
 mod dump;
 mod error;
 mod format;
@@ -50,7 +49,7 @@ pub use error::StoreError;
 pub use format::Position;
 pub use hash::{KvHash, StateHash};
 pub use read::ReadTxn;
-pub use store::{Options, Store};
+pub use store::{Checkpoint, DrainOn, Options, Store};
 pub use view::{Entry, View, Visit};
 pub use write::WriteTxn;
 

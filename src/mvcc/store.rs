@@ -6,32 +6,45 @@
 //!
 //! # Invariants
 //!
-//! - At most one writer, also while the file is being replaced.
+//! - At most one writer. A replacement that a write overtook fails and changes nothing.
 //! - The name `state.redb` always refers to a complete file.
-//! - A commit is durable only after [`Store::checkpoint`], a replacement, or a clean close.
+//! - A commit is durable only when its [`Checkpoint`] says so, after a replacement, or after [`Store::close`].
 
+use std::future::Future;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use redb::{Builder, Database, Durability, ReadTransaction, ReadableDatabase};
+use redb::{
+    Builder, Database, Durability, ReadTransaction, ReadableDatabase, StorageBackend,
+};
 
 use crate::env::Env;
 use crate::types::LogId;
 
-use super::disk::{DiskBackend, Measured};
+use super::backend::{self, Backend, Drain, Epoch};
 use super::dump::{self, Loader};
 use super::format::{self, FORMAT_KEY, Head};
 use super::read::{self, META};
-use super::write;
-use super::{DumpSummary, ReadTxn, StoreError, StoreSize, WriteTxn};
+use super::{DumpSummary, ReadTxn, StoreError, StoreSize, WriteTxn, write};
+
+/// Who carries writes to the card.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DrainOn {
+    /// A thread of its own: the card may block it.
+    Thread,
+    /// A task of the running tokio runtime: for simulated cards, which take simulated time.
+    Task,
+}
 
 /// How to open the store.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Page cache.
     pub cache_bytes: usize,
+    /// Who carries writes to the card.
+    pub drain: DrainOn,
 }
 
 /// The state machine's file. Clones share it; the last one closes it.
@@ -46,7 +59,8 @@ struct Inner {
     path: PathBuf,
     options: Options,
     engine: RwLock<Arc<Engine>>,
-    writer: Mutex<()>,
+    /// Held by the writer; counts commits, so that a replacement notices that it was overtaken.
+    commits: Mutex<u64>,
     /// [`Head::bytes`] after the last commit.
     bytes: AtomicU64,
 }
@@ -54,7 +68,28 @@ struct Inner {
 /// One open file.
 pub(super) struct Engine {
     database: Database,
-    file_bytes: Arc<AtomicU64>,
+    backend: Backend,
+}
+
+/// A durable commit on its way to the card.
+#[must_use = "nothing is durable before `durable` returned"]
+#[derive(Debug)]
+pub struct Checkpoint {
+    applied: Option<LogId>,
+    epoch: Epoch,
+    engine: Arc<Engine>,
+}
+
+impl Checkpoint {
+    /// The last entry it contains.
+    pub const fn applied(&self) -> Option<LogId> {
+        self.applied
+    }
+
+    /// Completes when the state survives a power cut.
+    pub async fn durable(self) -> Result<(), StoreError> {
+        Ok(self.engine.backend.wait_durable(self.epoch).await?)
+    }
 }
 
 impl std::fmt::Debug for Engine {
@@ -63,13 +98,29 @@ impl std::fmt::Debug for Engine {
     }
 }
 
+fn start(drain: Drain, on: DrainOn) -> Result<(), StoreError> {
+    match on {
+        // Neither handle is needed: the drain reports through the backend, and ends when the database closes.
+        DrainOn::Thread => drop(drain.spawn_thread()?),
+        DrainOn::Task => drop(tokio::spawn(drain.run())),
+    }
+    Ok(())
+}
+
 impl Engine {
     fn open(env: &Env, path: &Path, options: &Options) -> Result<Self, StoreError> {
-        let backend = DiskBackend::open(env, path)?;
-        let (backend, file_bytes) = Measured::new(backend)?;
+        let (backend, drain) = Backend::open(env, path, backend::Options::default())?;
+        start(drain, options.drain)?;
         let database =
-            Builder::new().set_cache_size(options.cache_bytes).create_with_backend(backend)?;
-        Ok(Self { database, file_bytes })
+            Builder::new().set_cache_size(options.cache_bytes).create_with_backend(backend.clone())?;
+        Ok(Self { database, backend })
+    }
+
+    /// Closes the file and waits until everything is on the card.
+    async fn close(self) -> Result<(), StoreError> {
+        let drained = self.backend.drained();
+        drop(self);
+        Ok(drained.await?)
     }
 
     pub(super) fn begin_read(&self) -> Result<ReadTransaction, StoreError> {
@@ -121,22 +172,20 @@ impl Engine {
         }
     }
 
-    /// Makes everything committed so far durable, and the next open quick.
-    fn checkpoint(&self) -> Result<(), StoreError> {
+    /// Begins to make everything committed so far durable, and the next open quick.
+    fn checkpoint(&self) -> Result<Epoch, StoreError> {
         let mut txn = self.database.begin_write()?;
         txn.set_durability(Durability::Immediate)?;
         txn.set_quick_repair(true);
-        Ok(txn.commit()?)
+        txn.commit()?;
+        Ok(self.backend.epoch())
     }
 }
 
 impl Store {
     /// Opens the file, making it if it is not there.
     pub fn open(env: &Env, path: &Path, options: &Options) -> Result<Self, StoreError> {
-        let incoming = incoming_path(path);
-        if env.disk.exists(&incoming)? {
-            env.disk.remove(&incoming)?;
-        }
+        backend::remove(env, &incoming_path(path))?;
         let engine = Engine::open(env, path, options)?;
         if !engine.is_founded()? {
             engine.write(Durability::Immediate, write::found, |_| Ok(()))?;
@@ -150,23 +199,24 @@ impl Store {
             inner: Arc::new(Inner {
                 env: env.clone(),
                 path: path.to_path_buf(),
-                options: options.clone(),
+                options: *options,
                 engine: RwLock::new(Arc::new(engine)),
-                writer: Mutex::new(()),
+                commits: Mutex::new(0),
                 bytes: AtomicU64::new(head.bytes),
             }),
         })
     }
 
     /// Builds a store from a snapshot stream, in place of whatever file is at `path`. Nobody may have that open.
-    pub fn load_from(
+    pub async fn load_from(
         env: &Env,
         path: &Path,
         options: &Options,
-        input: &mut dyn Read,
+        input: &mut (dyn Read + Send),
     ) -> Result<Self, StoreError> {
-        let engine = build_beside(env, path, options, |engine| load(engine, input).map(drop))?;
-        Self::with(env, path, options, engine)
+        build_beside(env, path, options, |engine| load(engine, input)).await?;
+        install(env, path)?;
+        Self::with(env, path, options, Engine::open(env, path, options)?)
     }
 
     /// The moment after the last applied command.
@@ -186,41 +236,55 @@ impl Store {
         Ok(value)
     }
 
-    /// Makes everything written so far survive a power cut, and says up to which entry that is. Blocks for the
-    /// card; the log must be durable up to the last applied entry before.
-    pub fn checkpoint(&self) -> Result<Option<LogId>, StoreError> {
-        let _writer = self.writer();
+    /// Begins to make everything written so far survive a power cut. Does not wait for the card. The log must be
+    /// durable up to the last applied entry before.
+    pub fn checkpoint(&self) -> Result<Checkpoint, StoreError> {
+        let _commits = self.writer();
         let engine = self.engine();
         let applied = ReadTxn::begin(Arc::clone(&engine))?.applied();
-        engine.checkpoint()?;
-        Ok(applied)
+        let epoch = engine.checkpoint()?;
+        Ok(Checkpoint { applied, epoch, engine })
     }
 
     /// Sizes of the file.
     pub fn size(&self) -> Result<StoreSize, StoreError> {
         Ok(StoreSize {
-            total: self.engine().file_bytes.load(Ordering::Relaxed),
+            total: self.engine().backend.len()?,
             in_use: self.inner.bytes.load(Ordering::Relaxed),
         })
     }
 
     /// Replaces the state by a peer's snapshot. On an error the old state stays.
-    pub fn restore(&self, input: &mut dyn Read) -> Result<DumpSummary, StoreError> {
-        let _writer = self.writer();
-        self.replace(|engine| load(engine, input))
+    pub async fn restore(&self, input: &mut (dyn Read + Send)) -> Result<DumpSummary, StoreError> {
+        self.replace(|engine| load(engine, input)).await
     }
 
-    /// Rewrites the file without its free pages. Readers go on; writers wait. Durable when it returns, so the
-    /// log must be durable up to the last applied entry before. Needs room for a second copy.
-    pub fn defragment(&self) -> Result<StoreSize, StoreError> {
-        let _writer = self.writer();
-        let source = ReadTxn::begin(self.engine())?;
+    /// Rewrites the file without its free pages. Readers go on; a write that comes in meanwhile makes it fail, so
+    /// it is called where writes are. Durable when it returns, so the log must be durable up to the last applied
+    /// entry before. Needs room for a second copy.
+    pub async fn defragment(&self) -> Result<StoreSize, StoreError> {
+        let source = self.read()?;
         self.replace(|engine| {
             fill(engine, |loader| {
                 source.each_record(&mut |table, key, value| loader.insert(table, key, value))
             })
-        })?;
+        })
+        .await?;
         self.size()
+    }
+
+    /// Makes everything durable and closes the file, once readers have let go of it. Later calls fail.
+    pub async fn close(&self) -> Result<(), StoreError> {
+        self.checkpoint()?.durable().await
+    }
+
+    /// Completes when the file cannot be used any more, and says why.
+    pub fn failed(&self) -> impl Future<Output = backend::Failure> + Send + 'static {
+        let mut failure = self.engine().backend.failure();
+        async move {
+            let failed = failure.wait_for(Option::is_some).await;
+            failed.ok().and_then(|failure| failure.clone()).unwrap_or(backend::Failure::Abandoned)
+        }
     }
 
     /// Writes the state as a snapshot stream: see [`ReadTxn::dump`].
@@ -228,24 +292,25 @@ impl Store {
         self.read()?.dump(out)
     }
 
-    /// The caller holds the writer.
-    fn replace<T>(
+    async fn replace<T>(
         &self,
         build: impl FnOnce(&Engine) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         let inner = &self.inner;
-        let mut built = None;
-        let engine = build_beside(&inner.env, &inner.path, &inner.options, |engine| {
-            built = Some(build(engine)?);
-            Ok(())
-        })?;
+        let before = *self.writer();
+        let built = build_beside(&inner.env, &inner.path, &inner.options, build).await?;
+        let commits = self.writer();
+        if *commits != before {
+            drop(commits);
+            backend::remove(&inner.env, &incoming_path(&inner.path))?;
+            return Err(StoreError::Overtaken);
+        }
+        install(&inner.env, &inner.path)?;
+        let engine = Engine::open(&inner.env, &inner.path, &inner.options)?;
         let head = read::read_head(&engine.begin_read()?.open_table(META)?)?;
         *inner.engine.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(engine);
         inner.bytes.store(head.bytes, Ordering::Relaxed);
-        match built {
-            Some(built) => Ok(built),
-            None => unreachable!("a file that was built has said what it is"),
-        }
+        Ok(built)
     }
 
     fn engine(&self) -> Arc<Engine> {
@@ -253,40 +318,34 @@ impl Store {
     }
 
     /// A writer that panicked has committed nothing, so its lock may be taken over.
-    fn writer(&self) -> MutexGuard<'_, ()> {
-        self.inner.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    fn writer(&self) -> MutexGuard<'_, u64> {
+        self.inner.commits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Builds a durable file under another name, then gives it the real one.
-fn build_beside(
+/// Builds a durable, closed file under another name.
+async fn build_beside<T>(
     env: &Env,
     path: &Path,
     options: &Options,
-    build: impl FnOnce(&Engine) -> Result<(), StoreError>,
-) -> Result<Engine, StoreError> {
+    build: impl FnOnce(&Engine) -> Result<T, StoreError>,
+) -> Result<T, StoreError> {
     let incoming = incoming_path(path);
-    if env.disk.exists(&incoming)? {
-        env.disk.remove(&incoming)?;
+    backend::remove(env, &incoming)?;
+    let engine = Engine::open(env, &incoming, options)?;
+    let built = build(&engine).and_then(|built| engine.checkpoint().map(|_epoch| built));
+    let closed = engine.close().await;
+    let built = built.and_then(|built| closed.map(|()| built));
+    if built.is_err() {
+        // Half a file is of no use; the next open removes it if this cannot.
+        let _: std::io::Result<()> = backend::remove(env, &incoming);
     }
-    let built = Engine::open(env, &incoming, options).and_then(|engine| {
-        build(&engine)?;
-        engine.checkpoint()?;
-        Ok(engine)
-    });
-    let engine = match built {
-        Ok(engine) => engine,
-        Err(error) => {
-            // Half a file is of no use; the next open removes it if this cannot.
-            let _: std::io::Result<()> = env.disk.remove(&incoming);
-            return Err(error);
-        }
-    };
-    env.disk.rename(&incoming, path)?;
-    if let Some(parent) = path.parent() {
-        env.disk.sync_dir(parent)?;
-    }
-    Ok(engine)
+    built
+}
+
+/// Gives the file that was built its real name.
+fn install(env: &Env, path: &Path) -> Result<(), StoreError> {
+    Ok(backend::install(env, &incoming_path(path), path)?)
 }
 
 fn load(engine: &Engine, input: &mut dyn Read) -> Result<DumpSummary, StoreError> {

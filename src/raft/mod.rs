@@ -23,6 +23,9 @@ mod network;
 mod state_machine;
 mod types;
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use thiserror::Error;

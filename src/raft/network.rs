@@ -2,7 +2,7 @@
 
 use std::future::Future;
 
-use openraft::alias::{SnapshotOf, VoteOf};
+use openraft::type_config::alias::{SnapshotOf, VoteOf};
 use openraft::errors::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::RPCOption;
 use openraft::raft::{

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
+use openraft::async_runtime::WatchReceiver as _;
 use openraft::{ReadPolicy, ServerState, SnapshotPolicy};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -243,7 +244,11 @@ impl Node {
                     *submitted = false;
                     status.changed().await.map_err(|_closed| ProposeError::Stopped)?;
                 }
-                Ok(Err(ClientWriteError::ChangeMembershipError(_))) | Err(_) => {
+                Ok(Err(
+                    ClientWriteError::ChangeMembershipError(_)
+                    | ClientWriteError::PreconditionFailed(_),
+                ))
+                | Err(_) => {
                     return Err(ProposeError::Stopped);
                 }
             }
@@ -325,9 +330,9 @@ impl Node {
     pub async fn checkpoint(&self) -> Result<(), StoreError> {
         let (done, durable) = oneshot::channel();
         if self.shared.checkpoint_requests.send(CheckpointRequest(done)).is_err() {
-            return Err(StoreError::stopped());
+            return Err(StoreError::Stopping);
         }
-        durable.await.unwrap_or_else(|_closed| Err(StoreError::stopped()))
+        durable.await.unwrap_or_else(|_closed| Err(StoreError::Stopping))
     }
 
     /// Leaves: checkpoint, stop openraft, close the log. The last act of a node.
@@ -366,7 +371,7 @@ fn follow_metrics(
     id: NodeId,
 ) -> (watch::Receiver<Status>, watch::Receiver<Option<String>>, JoinHandle<()>) {
     let mut metrics = raft.metrics();
-    let (status_tx, status) = watch::channel(status_of(&metrics.borrow(), cluster, id));
+    let (status_tx, status) = watch::channel(status_of(&metrics.borrow_watched(), cluster, id));
     let (failure_tx, failure) = watch::channel(None);
     let task = tokio::spawn(async move {
         while metrics.changed().await.is_ok() {
@@ -480,7 +485,7 @@ impl Checkpointer {
         self.schedule.started(self.env.clock.now(), bytes_written(&self.wal));
         // Applied may be ahead of locally durable: the log first, then the store.
         if self.wal.flush().await.is_err() {
-            return Err(StoreError::stopped());
+            return Err(StoreError::Stopping);
         }
         let checkpoint = self.store.checkpoint()?;
         let Some(applied) = checkpoint.applied() else { return Ok(()) };

@@ -25,12 +25,12 @@ use crate::apply::{self, Applied};
 use crate::command::Command;
 use crate::mvcc::{ReadTxn, Store, StoreError, WriteTxn};
 use crate::proto::node as wire;
-use crate::types::{LogId, Revision};
+use crate::types::LogId;
 
 /// Entries per store transaction: enough to share its cost, few enough that replies are not held back.
 const BATCH_ENTRIES_MAX: usize = 512;
 
-type Snapshot = openraft::alias::SnapshotOf<TypeConfig, ReadTxn>;
+type Snapshot = openraft::type_config::alias::SnapshotOf<TypeConfig, ReadTxn>;
 
 /// What the checkpointer wants to know of a batch.
 #[derive(Clone, Copy, Debug)]
@@ -98,17 +98,23 @@ impl Done {
         let id = types::log_id(&entry.log_id);
         self.summary.applied = id;
         match entry.payload {
-            Payload::Blank => txn.set_applied(id).map(|()| Reply(None)),
+            Payload::Blank => {
+                txn.set_applied(id);
+                Ok(Reply(None))
+            }
             Payload::Membership(membership) => {
                 let stored = wire::StoredMembership {
                     log_id: Some(types::wire_log_id(id)),
                     membership: Some(types::wire_membership(&membership)),
                 };
                 txn.set_membership(&stored.encode_to_vec())?;
-                txn.set_applied(id).map(|()| Reply(None))
+                txn.set_applied(id);
+                Ok(Reply(None))
             }
             Payload::Normal(encoded) => {
-                let command = encoded.decode().map_err(|error| StoreError::entry(id, &error))?;
+                let command = encoded
+                    .decode()
+                    .map_err(|error| StoreError::Entry { id, what: error.to_string() })?;
                 self.compaction |= matches!(command, Command::Compact(_));
                 let applied = apply::apply(txn, id, &command)?;
                 Ok(self.note(applied))
@@ -183,7 +189,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         meta: &SnapshotMeta,
         snapshot: ReadTxn,
     ) -> Result<(), io::Error> {
-        self.store.replace_with(&snapshot).map_err(io::Error::other)?;
+        let mut stream = Vec::new();
+        snapshot.dump(&mut stream).map_err(io::Error::other)?;
+        self.store.restore(&mut stream.as_slice()).await.map_err(io::Error::other)?;
         if let Some(last) = &meta.last_log_id {
             self.checkpoint.raise(types::log_id(last));
         }
@@ -221,9 +229,4 @@ impl RaftSnapshotBuilder<TypeConfig> for Checkpointed {
         snapshot.meta.last_log_id = self.durable.map(types::raft_log_id);
         Ok(snapshot)
     }
-}
-
-/// Newest revision of a store, for followers that start now.
-pub(super) fn revision_of(store: &Store) -> Result<Revision, StoreError> {
-    Ok(store.read()?.revision())
 }

@@ -4,8 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use bytes::Bytes;
-use openraft::alias::{CommittedLeaderIdOf, LogIdOf, VoteOf};
+use openraft::OptionalSend;
+use openraft::impls::leader_id_adv::LeaderId;
+use openraft::impls::{BoxedErrorSource, InlineBatch, TokioRuntime};
 use openraft::raft::responder::Responder;
+use openraft::vote::RaftLeaderId as _;
+use openraft::type_config::alias::{CommittedLeaderIdOf, LogIdOf, VoteOf};
 use prost::Message;
 use tokio::sync::oneshot;
 
@@ -15,31 +19,46 @@ use crate::command::Encoded;
 use crate::proto::node as wire;
 use crate::types::{LogId, LogIndex, NodeId, Term, Vote};
 
-openraft::declare_raft_types!(
-    /// openraft, for this project.
-    pub TypeConfig:
-        D = Encoded,
-        R = Reply,
-        NodeId = u64,
-        Node = Member,
-        Term = u64,
-        Responder<T> = Waiter<T> where T: Send + 'static,
-);
+/// openraft, for this project.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TypeConfig;
+
+impl openraft::RaftTypeConfig for TypeConfig {
+    type D = Encoded;
+    type R = Reply;
+    type NodeId = u64;
+    type Node = Member;
+    type Term = u64;
+    type LeaderId = LeaderId<u64, u64>;
+    type Vote = openraft::impls::Vote<Self::LeaderId>;
+    type Payload = Payload;
+    type Entry = openraft::Entry<CommittedLeaderIdOf<Self>, Payload>;
+    type AsyncRuntime = TokioRuntime;
+    type Responder<T>
+        = Waiter<T>
+    where
+        T: OptionalSend + 'static;
+    type Batch<T>
+        = InlineBatch<T>
+    where
+        T: OptionalSend + 'static;
+    type ErrorSource = BoxedErrorSource;
+}
 
 pub(super) type Raft = openraft::Raft<TypeConfig, super::state_machine::StateMachine>;
 pub(super) type RaftLogId = LogIdOf<TypeConfig>;
 pub(super) type RaftVote = VoteOf<TypeConfig>;
-pub(super) type Entry = openraft::alias::EntryOf<TypeConfig>;
+pub(super) type Entry = openraft::type_config::alias::EntryOf<TypeConfig>;
 pub(super) type Membership = openraft::Membership<u64, Member>;
-pub(super) type StoredMembership = openraft::alias::StoredMembershipOf<TypeConfig>;
-pub(super) type SnapshotMeta = openraft::alias::SnapshotMetaOf<TypeConfig>;
+pub(super) type StoredMembership = openraft::type_config::alias::StoredMembershipOf<TypeConfig>;
+pub(super) type SnapshotMeta = openraft::type_config::alias::SnapshotMetaOf<TypeConfig>;
 pub(super) type Payload = openraft::EntryPayload<Encoded, u64, Member>;
 
 /// Whoever waits for an entry. It may have gone away: then the outcome is nobody's concern.
 #[derive(Debug)]
 pub struct Waiter<T>(pub(super) oneshot::Sender<T>);
 
-impl<T: Send + 'static> Responder<TypeConfig, T> for Waiter<T> {
+impl<T: OptionalSend + 'static> Responder<TypeConfig, T> for Waiter<T> {
     fn on_complete(self, outcome: T) {
         drop(self.0.send(outcome));
     }
