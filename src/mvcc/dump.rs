@@ -9,7 +9,7 @@
 //!
 //! # Invariants
 //!
-//! - Neither side holds more than a chunk in memory.
+//! - Neither side holds more than a chunk, or the records of a commit, in memory.
 //! - A stream that is cut, altered or too long is refused, and every record is checked before it is stored.
 
 use std::io::{self, Read, Write};
@@ -29,8 +29,8 @@ const STREAM_VERSION: u32 = 1;
 const CHUNK_BYTES: usize = 128 << 10;
 /// Largest chunk believed: a full one and the largest record there can be, with room to spare.
 const CHUNK_BYTES_MAX: usize = 8 << 20;
-/// What a receiver writes between commits.
-const COMMIT_BYTES: usize = 4 << 20;
+/// What a receiver gathers between commits.
+const COMMIT_BYTES: usize = 1 << 20;
 
 const KIND_RECORDS: u8 = 1;
 const KIND_END: u8 = 2;
@@ -219,47 +219,41 @@ fn take_record<'a>(rest: &mut &'a [u8]) -> Result<(Table, &'a [u8], &'a [u8]), S
 /// Fills an empty file, a commit every few megabytes.
 pub(super) struct Loader<'a> {
     database: &'a Database,
-    txn: Option<WriteTransaction>,
-    uncommitted: usize,
+    pending: Vec<Record>,
+    pending_bytes: usize,
+}
+
+struct Record {
+    table: Table,
+    key: Vec<u8>,
+    value: Vec<u8>,
 }
 
 impl<'a> Loader<'a> {
     pub(super) const fn new(database: &'a Database) -> Self {
-        Self { database, txn: None, uncommitted: 0 }
+        Self { database, pending: Vec::new(), pending_bytes: 0 }
     }
 
-    /// Stores a record that was checked already.
+    /// Takes a record that was checked already.
     pub(super) fn insert(
         &mut self,
         table: Table,
         key: &[u8],
         value: &[u8],
     ) -> Result<(), StoreError> {
-        let txn = match self.txn.take() {
-            Some(txn) => txn,
-            None => {
-                let mut txn = self.database.begin_write()?;
-                txn.set_durability(Durability::None)?;
-                txn
-            }
-        };
-        insert(&txn, table, key, value)?;
-        self.uncommitted += key.len() + value.len();
-        if self.uncommitted < COMMIT_BYTES {
-            self.txn = Some(txn);
-        } else {
-            self.uncommitted = 0;
-            txn.commit()?;
+        self.pending_bytes += size_of::<Record>() + key.len() + value.len();
+        self.pending.push(Record { table, key: key.to_vec(), value: value.to_vec() });
+        if self.pending_bytes < COMMIT_BYTES {
+            return Ok(());
         }
-        Ok(())
+        self.commit()
     }
 
     /// Commits the rest, and makes the tables that no record asked for.
     pub(super) fn finish(&mut self) -> Result<(), StoreError> {
-        if let Some(txn) = self.txn.take() {
-            txn.commit()?;
-        }
-        let txn = self.database.begin_write()?;
+        self.commit()?;
+        let mut txn = self.database.begin_write()?;
+        txn.set_durability(Durability::None)?;
         drop(txn.open_table(REV)?);
         for table in [CUR, LEASE, LEASE_KEY, META] {
             drop(txn.open_table(table)?);
@@ -267,28 +261,45 @@ impl<'a> Loader<'a> {
         txn.commit()?;
         Ok(())
     }
+
+    fn commit(&mut self) -> Result<(), StoreError> {
+        let mut txn = self.database.begin_write()?;
+        txn.set_durability(Durability::None)?;
+        for run in self.pending.chunk_by(|a, b| a.table == b.table) {
+            insert_run(&txn, run)?;
+        }
+        txn.commit()?;
+        self.pending.clear();
+        self.pending_bytes = 0;
+        Ok(())
+    }
 }
 
-fn insert(
-    txn: &WriteTransaction,
-    table: Table,
-    key: &[u8],
-    value: &[u8],
-) -> Result<(), StoreError> {
-    let mut target: RedbTable<'_, Slice, Slice> = match table {
-        Table::Rev => {
-            let key: &[u8; POSITION_BYTES] =
-                key.try_into().map_err(|_| stream("a revision's key has a wrong length"))?;
+/// Stores records of one table.
+fn insert_run(txn: &WriteTransaction, run: &[Record]) -> Result<(), StoreError> {
+    let name = match run.first().map(|record| record.table) {
+        None => return Ok(()),
+        Some(Table::Rev) => {
             let mut rev: RedbTable<'_, RevKey, Slice> = txn.open_table(REV)?;
-            rev.insert(key, value)?;
+            for record in run {
+                let key: &[u8; POSITION_BYTES] = record
+                    .key
+                    .as_slice()
+                    .try_into()
+                    .map_err(|_| stream("a revision's key has a wrong length"))?;
+                rev.insert(key, record.value.as_slice())?;
+            }
             return Ok(());
         }
-        Table::Cur => txn.open_table(CUR)?,
-        Table::Lease => txn.open_table(LEASE)?,
-        Table::LeaseKey => txn.open_table(LEASE_KEY)?,
-        Table::Meta => txn.open_table(META)?,
+        Some(Table::Cur) => CUR,
+        Some(Table::Lease) => LEASE,
+        Some(Table::LeaseKey) => LEASE_KEY,
+        Some(Table::Meta) => META,
     };
-    target.insert(key, value)?;
+    let mut table: RedbTable<'_, Slice, Slice> = txn.open_table(name)?;
+    for record in run {
+        table.insert(record.key.as_slice(), record.value.as_slice())?;
+    }
     Ok(())
 }
 

@@ -521,7 +521,7 @@ fn cut_or_altered_snapshot_streams_are_refused_and_change_nothing() {
     let target = history();
     let stream = dump(&source.store);
     let before = target.store.read().unwrap().state_hash().unwrap();
-    let step = stream.len() / 97;
+    let step = stream.len() / 41;
 
     let mut altered: Vec<Vec<u8>> =
         (0..stream.len()).step_by(step).map(|cut| stream[..cut].to_vec()).collect();

@@ -245,7 +245,6 @@ impl Model {
             request.max_create_revision,
         ] != [0; 4];
         let limit = if request.limit <= 0 { usize::MAX } else { request.limit as usize };
-        let before = kvs.len();
         if order == SortOrder::None && !filtered {
             kvs.truncate(limit.saturating_add(1));
         }
@@ -256,31 +255,19 @@ impl Model {
                 && (request.min_create_revision..=bound(request.max_create_revision, i64::MAX))
                     .contains(&kv.create_revision)
         });
-        match target {
-            SortTarget::Key => {}
-            SortTarget::Version => kvs.sort_by_key(|kv| kv.version),
-            SortTarget::Create => kvs.sort_by_key(|kv| kv.create_revision),
-            SortTarget::Mod => kvs.sort_by_key(|kv| kv.mod_revision),
-            SortTarget::Value => kvs.sort_by_key(|kv| kv.value.clone()),
-        }
+        let rank = |kv: &KeyValue| match target {
+            SortTarget::Key => (0, Bytes::new()),
+            SortTarget::Version => (kv.version, Bytes::new()),
+            SortTarget::Create => (kv.create_revision, Bytes::new()),
+            SortTarget::Mod => (kv.mod_revision, Bytes::new()),
+            SortTarget::Value => (0, kv.value.clone()),
+        };
+        kvs.sort_by_key(rank);
         if order == SortOrder::Descend {
-            // Equal ones keep the order of their keys.
             kvs.reverse();
-            let by_key_ascending = |a: &KeyValue, b: &KeyValue| a.key.cmp(&b.key);
-            match target {
-                SortTarget::Key => {}
-                SortTarget::Version => kvs
-                    .chunk_by_mut(|a, b| a.version == b.version)
-                    .for_each(|c| c.sort_by(by_key_ascending)),
-                SortTarget::Create => kvs
-                    .chunk_by_mut(|a, b| a.create_revision == b.create_revision)
-                    .for_each(|c| c.sort_by(by_key_ascending)),
-                SortTarget::Mod => kvs
-                    .chunk_by_mut(|a, b| a.mod_revision == b.mod_revision)
-                    .for_each(|c| c.sort_by(by_key_ascending)),
-                SortTarget::Value => kvs
-                    .chunk_by_mut(|a, b| a.value == b.value)
-                    .for_each(|c| c.sort_by(by_key_ascending)),
+            // Equal ones keep the order of their keys.
+            if target != SortTarget::Key {
+                kvs.chunk_by_mut(|a, b| rank(a) == rank(b)).for_each(<[KeyValue]>::reverse);
             }
         }
         let more = limit < kvs.len();
@@ -288,7 +275,6 @@ impl Model {
         if request.keys_only {
             kvs.iter_mut().for_each(|kv| kv.value = Bytes::new());
         }
-        assert!(kvs.len() <= before);
         more
     }
 

@@ -261,7 +261,7 @@ fn equal_commands_give_equal_stores_however_they_are_batched_and_interrupted() {
     for seed in [11, 12] {
         let one_by_one = run_in_batches(seed, |_, _| {}, 1);
         let in_batches = run_in_batches(seed, |_, _| {}, 50);
-        let interrupted = run_in_batches(seed, |machine, random| interrupt(machine, random), 20);
+        let interrupted = run_in_batches(seed, interrupt, 20);
 
         assert!(one_by_one == in_batches, "seed {seed}: batches changed the outcome");
         assert!(one_by_one == interrupted, "seed {seed}: interruptions changed the outcome");
