@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use prost::Message;
 
-const FILES: &[&str] = &["kv.proto", "auth.proto", "rpc.proto", "lock.proto", "election.proto", "node.proto"];
+const FILES: &[&str] =
+    &["kv.proto", "auth.proto", "rpc.proto", "lock.proto", "election.proto", "node.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");

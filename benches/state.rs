@@ -15,8 +15,9 @@ use k3s_server::apply;
 use k3s_server::command::Command;
 use k3s_server::env::host;
 use k3s_server::limits::STATE_CACHE_BYTES;
-use k3s_server::mvcc::{KeyRange, Options, Store, View};
+use k3s_server::mvcc::{DrainOn, KeyRange, Options, Store, View};
 use k3s_server::proto::etcdserverpb as pb;
+use k3s_server::testkit::wait;
 use k3s_server::types::{LogId, LogIndex, Revision};
 
 const KEYS: u64 = 20_000;
@@ -43,7 +44,7 @@ fn main() {
     let mut stream = Vec::new();
     report("snapshot out, per record", KEYS, || done(store.dump(&mut stream).unwrap()));
     report("snapshot in, per record", KEYS, || {
-        done(store.restore(&mut stream.as_slice()).unwrap());
+        done(wait(store.restore(&mut stream.as_slice())).unwrap());
     });
     println!("snapshot is {} bytes, the store {:?}", stream.len(), store.size().unwrap());
     report("state hash, per record", KEYS, || done(store.read().unwrap().state_hash().unwrap()));
@@ -53,7 +54,12 @@ fn main() {
 fn done<T>(_: T) {}
 
 fn open(path: &Path) -> Store {
-    Store::open(&host::env(), path, &Options { cache_bytes: STATE_CACHE_BYTES }).unwrap()
+    Store::open(
+        &host::env(),
+        path,
+        &Options { cache_bytes: STATE_CACHE_BYTES, drain: DrainOn::Thread },
+    )
+    .unwrap()
 }
 
 fn report(what: &str, count: u64, work: impl FnOnce()) {

@@ -29,3 +29,5 @@ pub mod observe;
 
 pub mod server;
 
+#[cfg(any(test, feature = "testkit"))]
+pub mod testkit;

@@ -92,10 +92,8 @@ impl Identity {
         }
         let file = env.disk.open(&path, Open::Read).map_err(io)?;
         let len = file.len().map_err(io)?;
-        let damaged = |found: String| IdentityError::Damaged {
-            path: path.display().to_string(),
-            found,
-        };
+        let damaged =
+            |found: String| IdentityError::Damaged { path: path.display().to_string(), found };
         if BYTES_MAX < len {
             return Err(damaged(format!("{len} bytes, expected fewer than {BYTES_MAX}")));
         }
@@ -131,8 +129,8 @@ impl Identity {
             node: self.node.to_string(),
             check: check(self),
         };
-        let mut text = serde_json::to_vec_pretty(&document)
-            .map_err(|error| io(io::Error::other(error)))?;
+        let mut text =
+            serde_json::to_vec_pretty(&document).map_err(|error| io(io::Error::other(error)))?;
         text.push(b'\n');
         let temporary = dir.join(format!("{FILE}.new"));
         if env.disk.exists(&temporary).map_err(io)? {

@@ -16,9 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use redb::{
-    Builder, Database, Durability, ReadTransaction, ReadableDatabase, StorageBackend,
-};
+use redb::{Builder, Database, Durability, ReadTransaction, ReadableDatabase, StorageBackend};
 
 use crate::env::Env;
 use crate::types::LogId;
@@ -111,8 +109,9 @@ impl Engine {
     fn open(env: &Env, path: &Path, options: &Options) -> Result<Self, StoreError> {
         let (backend, drain) = Backend::open(env, path, backend::Options::default())?;
         start(drain, options.drain)?;
-        let database =
-            Builder::new().set_cache_size(options.cache_bytes).create_with_backend(backend.clone())?;
+        let database = Builder::new()
+            .set_cache_size(options.cache_bytes)
+            .create_with_backend(backend.clone())?;
         Ok(Self { database, backend })
     }
 

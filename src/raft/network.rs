@@ -2,16 +2,15 @@
 
 use std::future::Future;
 
-use openraft::type_config::alias::{SnapshotOf, VoteOf};
 use openraft::errors::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::RPCOption;
 use openraft::raft::{
     AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse,
 };
+use openraft::type_config::alias::{SnapshotOf, VoteOf};
 use openraft::{AnyError, OptionalSend, RaftNetworkFactory, RaftNetworkV2};
 
-use super::Member;
-use super::types::TypeConfig;
+use super::types::{Contact, TypeConfig};
 use crate::mvcc::ReadTxn;
 
 /// Makes connections to peers.
@@ -33,7 +32,7 @@ impl Peer {
 impl RaftNetworkFactory<TypeConfig> for Peers {
     type Network = Peer;
 
-    async fn new_client(&mut self, target: u64, _node: &Member) -> Peer {
+    async fn new_client(&mut self, target: u64, _node: &Contact) -> Peer {
         Peer { target }
     }
 }

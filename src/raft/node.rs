@@ -1,11 +1,12 @@
 //! A running Raft participant: openraft, the log and the store put together.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
 use openraft::async_runtime::WatchReceiver as _;
+use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
 use openraft::{ReadPolicy, ServerState, SnapshotPolicy};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -174,11 +175,11 @@ impl Node {
     ///
     /// Safe to repeat after a crash at any point: a node whose first membership is already in its log skips
     /// straight to the election.
-    pub async fn found(&self, member: Member) -> Result<(), StartError> {
+    pub async fn found(&self, member: &Member) -> Result<(), StartError> {
         let raft = &self.shared.raft;
         let storage = |error: String| StartError::Storage(error);
         if !raft.is_initialized().await.map_err(|error| storage(error.to_string()))? {
-            let members = std::collections::BTreeMap::from([(member.id.get(), member)]);
+            let members = BTreeMap::from([(member.id.get(), types::Contact::of(member))]);
             raft.initialize(members).await.map_err(|error| storage(error.to_string()))?;
         }
         Ok(())
@@ -410,15 +411,6 @@ fn status_of(
     let index = |id: &Option<types::RaftLogId>| {
         LogIndex::new(id.as_ref().map_or(0, openraft::LogId::index))
     };
-    let membership = metrics.membership_config.membership();
-    let members = membership
-        .nodes()
-        .map(|(node, member)| Member {
-            id: NodeId::new(*node),
-            learner: !membership.voter_ids().any(|voter| voter == *node),
-            ..member.clone()
-        })
-        .collect();
     Status {
         cluster,
         node: id,
@@ -428,7 +420,7 @@ fn status_of(
         last_index: LogIndex::new(metrics.last_log_index.unwrap_or(0)),
         committed: index(&metrics.local_committed),
         applied: index(&metrics.last_applied),
-        members,
+        members: types::members(metrics.membership_config.membership()),
     }
 }
 

@@ -88,7 +88,7 @@ impl StateMachine {
             responder.send(reply);
         }
         // The checkpointer has gone only when the node is stopping.
-        drop(self.notes.send(AppliedNote { compaction: done.compaction }));
+        let _gone = self.notes.send(AppliedNote { compaction: done.compaction });
         Ok(())
     }
 }
@@ -226,7 +226,8 @@ impl RaftSnapshotBuilder<TypeConfig> for Checkpointed {
         let view = self.store.read().map_err(io::Error::other)?;
         let mut snapshot = snapshot_of(view)?;
         // The view may be ahead of what is durable; purging must not be.
-        snapshot.meta.last_log_id = self.durable.map(types::raft_log_id);
+        let durable = self.durable.map(types::raft_log_id);
+        snapshot.meta.last_log_id = snapshot.meta.last_log_id.min(durable);
         Ok(snapshot)
     }
 }

@@ -21,7 +21,7 @@ use crate::env::host;
 use crate::limits;
 use crate::mvcc::{self, DrainOn, Store};
 use crate::proto::etcdserverpb as pb;
-use crate::types::{ByteCount, ClusterId, NodeId};
+use crate::types::{ByteCount, ClusterId, LogId, LogIndex, NodeId, Term};
 use crate::wal::{self, Wal};
 
 const CLUSTER: ClusterId = ClusterId::new(0xc1);
@@ -42,7 +42,11 @@ async fn open(dir: &Path) -> (Wal, Store) {
     let options = mvcc::Options { cache_bytes: 1 << 20, drain: DrainOn::Thread };
     let store = Store::open(&env, &dir.join("state.redb"), &options).unwrap();
     let identity = wal::Identity { cluster: CLUSTER, node: NODE };
-    let options = wal::Options { segment_bytes: limits::WAL_SEGMENT_BYTES, slots_min: 1, ..wal::Options::default() };
+    let options = wal::Options {
+        segment_bytes: limits::WAL_SEGMENT_BYTES,
+        slots_min: 1,
+        ..wal::Options::default()
+    };
     let (wal, _, writer) = Wal::open(&env, &dir.join("wal"), identity, options).await.unwrap();
     writer.spawn_thread().unwrap();
     (wal, store)
@@ -51,19 +55,18 @@ async fn open(dir: &Path) -> (Wal, Store) {
 struct Builder;
 
 impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
-    async fn build(
-        &self,
-    ) -> Result<(TempDir, LogStore, StateMachine), StorageError<TypeConfig>> {
+    async fn build(&self) -> Result<(TempDir, LogStore, StateMachine), StorageError<TypeConfig>> {
         let dir = tempfile::tempdir().unwrap();
         let (wal, store) = open(dir.path()).await;
         // The suite purges what no checkpoint covers; a real node does not.
-        let everything = crate::types::LogId {
-            index: crate::types::LogIndex::new(u64::MAX),
-            ..crate::types::LogId::default()
+        let everything = LogId {
+            term: Term::new(u64::MAX),
+            leader: NodeId::new(u64::MAX),
+            index: LogIndex::new(u64::MAX),
         };
         let mark = Arc::new(CheckpointMark::new(Some(everything)));
         let (notes, _) = mpsc::unbounded_channel();
-        let machine = StateMachine::new(store, Arc::new(CheckpointMark::default()), vec![], notes);
+        let machine = StateMachine::new(store, Arc::clone(&mark), vec![], notes);
         Ok((dir, LogStore::new(wal, mark), machine))
     }
 }
@@ -86,7 +89,7 @@ async fn start(dir: &Path) -> Node {
         followers: vec![],
     };
     let node = Node::start(parts, &OPTIONS).await.unwrap();
-    node.found(member).await.unwrap();
+    node.found(&member).await.unwrap();
     node.elect_if_alone().await.unwrap();
     node
 }
@@ -131,9 +134,19 @@ async fn what_no_checkpoint_covers_is_replayed_from_the_log() {
     let dir = tempfile::tempdir().unwrap();
     let node = start(dir.path()).await;
     node.propose(put("a", "1"), deadline()).await.unwrap();
-    // No stop: the node is dropped as a crash would leave it, with nothing of the store on the card.
-    drop(node);
+    // What a crash leaves: the files as they are at this moment.
+    let image = tempfile::tempdir().unwrap();
+    std::fs::create_dir(image.path().join("wal")).unwrap();
+    for part in [".", "wal"] {
+        for entry in std::fs::read_dir(dir.path().join(part)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                std::fs::copy(&path, image.path().join(part).join(path.file_name().unwrap()))
+                    .unwrap();
+            }
+        }
+    }
 
-    let node = start(dir.path()).await;
+    let node = start(image.path()).await;
     assert_eq!(value_of(&node, "a").await.unwrap(), "1");
 }

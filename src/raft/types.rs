@@ -8,8 +8,8 @@ use openraft::OptionalSend;
 use openraft::impls::leader_id_adv::LeaderId;
 use openraft::impls::{BoxedErrorSource, InlineBatch, TokioRuntime};
 use openraft::raft::responder::Responder;
-use openraft::vote::RaftLeaderId as _;
 use openraft::type_config::alias::{CommittedLeaderIdOf, LogIdOf, VoteOf};
+use openraft::vote::RaftLeaderId as _;
 use prost::Message;
 use tokio::sync::oneshot;
 
@@ -27,7 +27,7 @@ impl openraft::RaftTypeConfig for TypeConfig {
     type D = Encoded;
     type R = Reply;
     type NodeId = u64;
-    type Node = Member;
+    type Node = Contact;
     type Term = u64;
     type LeaderId = LeaderId<u64, u64>;
     type Vote = openraft::impls::Vote<Self::LeaderId>;
@@ -49,10 +49,10 @@ pub(super) type Raft = openraft::Raft<TypeConfig, super::state_machine::StateMac
 pub(super) type RaftLogId = LogIdOf<TypeConfig>;
 pub(super) type RaftVote = VoteOf<TypeConfig>;
 pub(super) type Entry = openraft::type_config::alias::EntryOf<TypeConfig>;
-pub(super) type Membership = openraft::Membership<u64, Member>;
+pub(super) type Membership = openraft::Membership<u64, Contact>;
 pub(super) type StoredMembership = openraft::type_config::alias::StoredMembershipOf<TypeConfig>;
 pub(super) type SnapshotMeta = openraft::type_config::alias::SnapshotMetaOf<TypeConfig>;
-pub(super) type Payload = openraft::EntryPayload<Encoded, u64, Member>;
+pub(super) type Payload = openraft::EntryPayload<Encoded, u64, Contact>;
 
 /// Whoever waits for an entry. It may have gone away: then the outcome is nobody's concern.
 #[derive(Debug)]
@@ -83,7 +83,43 @@ impl fmt::Display for Encoded {
     }
 }
 
-impl fmt::Display for Member {
+/// How a member is reached: what openraft replicates beside its id.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Contact {
+    pub(super) name: String,
+    pub(super) peer_urls: Vec<String>,
+    pub(super) client_urls: Vec<String>,
+}
+
+impl Contact {
+    pub(super) fn of(member: &Member) -> Self {
+        Self {
+            name: member.name.clone(),
+            peer_urls: member.peer_urls.clone(),
+            client_urls: member.client_urls.clone(),
+        }
+    }
+
+    fn member(&self, id: u64, learner: bool) -> Member {
+        Member {
+            id: NodeId::new(id),
+            name: self.name.clone(),
+            peer_urls: self.peer_urls.clone(),
+            client_urls: self.client_urls.clone(),
+            learner,
+        }
+    }
+}
+
+/// All members, as the rest of the program knows them.
+pub(super) fn members(membership: &Membership) -> Vec<Member> {
+    membership
+        .nodes()
+        .map(|(id, contact)| contact.member(*id, !membership.voter_ids().any(|voter| voter == *id)))
+        .collect()
+}
+
+impl fmt::Display for Contact {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ({})", self.name, self.peer_urls.join(","))
     }
@@ -154,20 +190,16 @@ pub(super) fn wire_membership(membership: &Membership) -> wire::Membership {
 pub(super) fn membership_from_wire(wire: wire::Membership) -> Result<Membership, String> {
     let configs: Vec<BTreeSet<u64>> =
         wire.configs.into_iter().map(|set| set.ids.into_iter().collect()).collect();
-    let members: BTreeMap<u64, Member> = wire
+    let members: BTreeMap<u64, Contact> = wire
         .members
         .into_iter()
         .map(|member| {
-            let id = NodeId::new(member.id);
-            let learner = !configs.iter().any(|set| set.contains(&member.id));
-            let ours = Member {
-                id,
+            let contact = Contact {
                 name: member.name,
                 peer_urls: member.peer_urls,
                 client_urls: member.client_urls,
-                learner,
             };
-            (member.id, ours)
+            (member.id, contact)
         })
         .collect();
     Membership::new(configs, members).map_err(|error| error.to_string())

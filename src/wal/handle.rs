@@ -31,9 +31,7 @@ use super::recovery::{self, Opened};
 use super::segment::{Segment, Slot};
 use super::stats::{Counters, Stats, add, micros};
 use super::writer::{Appender, Core};
-use super::{
-    Failed, HardState, Identity, OpenError, Options, Record, Recovery, Refused, Writer,
-};
+use super::{Failed, HardState, Identity, OpenError, Options, Record, Recovery, Refused, Writer};
 use crate::env::Env;
 use crate::limits::WAL_RECORD_BYTES_MAX;
 use crate::types::{LogIndex, SegmentNo, WriteSeq};
@@ -610,8 +608,10 @@ impl State {
 
     fn free_number(&self) -> usize {
         let segments = self.segments.values().map(|segment| segment.slot.number);
-        let used: Vec<usize> =
-            segments.chain(self.spares.iter().map(|slot| slot.number)).chain(self.removing).collect();
+        let used: Vec<usize> = segments
+            .chain(self.spares.iter().map(|slot| slot.number))
+            .chain(self.removing)
+            .collect();
         prepare::free_number(|number| used.contains(&number))
     }
 }

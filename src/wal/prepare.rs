@@ -69,12 +69,7 @@ fn create(env: &Env, dir: &Path, number: usize) -> io::Result<Arc<dyn DiskFile>>
     }
 }
 
-fn fill_chunk(
-    file: &dyn DiskFile,
-    zeros: &[u8],
-    offset: u64,
-    slot_bytes: u64,
-) -> io::Result<u64> {
+fn fill_chunk(file: &dyn DiskFile, zeros: &[u8], offset: u64, slot_bytes: u64) -> io::Result<u64> {
     let bytes = usize::try_from(slot_bytes - offset).unwrap_or(usize::MAX).min(zeros.len());
     file.write_at(&zeros[..bytes], offset)?;
     Ok(bytes as u64)
@@ -136,7 +131,10 @@ impl Filler {
                 Job::Remove(slot) => {
                     // Failing to remove leaves a file that the next start finds and uses.
                     let removed = self.shared.env.disk.remove(&slot.path);
-                    if removed.and_then(|()| self.shared.env.disk.sync_dir(&self.shared.dir)).is_err() {
+                    if removed
+                        .and_then(|()| self.shared.env.disk.sync_dir(&self.shared.dir))
+                        .is_err()
+                    {
                         self.pause(RETRY_PAUSE).await;
                     }
                 }

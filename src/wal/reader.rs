@@ -205,11 +205,7 @@ pub(super) fn read_frame(
 }
 
 /// Where entries stand, for those who walk over all of them.
-pub(super) fn locate(
-    runs: &Runs,
-    index: LogIndex,
-    last: LogIndex,
-) -> Option<(FrameAt, LogIndex)> {
+pub(super) fn locate(runs: &Runs, index: LogIndex, last: LogIndex) -> Option<(FrameAt, LogIndex)> {
     let (run, before) = runs.find(index)?;
     Some((run.at, before.unwrap_or_else(|| last.next())))
 }

@@ -11,11 +11,12 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::env::host;
-use crate::mvcc::{Options, Store};
+use crate::mvcc::{DrainOn, Options, Store};
 use crate::proto::mvccpb::KeyValue;
+use crate::testkit::wait;
 use crate::types::{LogIndex, NodeId, Term};
 
-pub(super) const OPTIONS: Options = Options { cache_bytes: 1 << 20 };
+pub(super) const OPTIONS: Options = Options { cache_bytes: 1 << 20, drain: DrainOn::Thread };
 
 /// A store and the entries applied to it so far.
 pub(super) struct Machine {

@@ -278,12 +278,12 @@ fn interrupt(machine: &mut Machine, random: &mut Random) {
             drop(std::mem::replace(&mut machine.store, elsewhere.store.clone()));
             machine.store = Store::open(&host::env(), &path, &OPTIONS).unwrap();
         }
-        3 => drop(machine.store.defragment().unwrap()),
+        3 => drop(wait(machine.store.defragment()).unwrap()),
         4 => {
             let mut stream = Vec::new();
             machine.store.dump(&mut stream).unwrap();
             machine.put("not", "in the snapshot");
-            machine.store.restore(&mut stream.as_slice()).unwrap();
+            wait(machine.store.restore(&mut stream.as_slice())).unwrap();
             machine.rewind(1);
         }
         _ => {}
