@@ -113,9 +113,8 @@ impl Engine {
                 Ok(done)
             }
             Err(error) => {
-                // The first error says what happened; a failing undo only leaves the handle useless, and
-                // the next call reports that.
-                let _: Result<(), redb::StorageError> = txn.abort();
+                // Undone. Where even that fails, the handle is useless and the next call says so.
+                drop(txn);
                 Err(error)
             }
         }
@@ -278,7 +277,7 @@ fn build_beside(
         Ok(engine) => engine,
         Err(error) => {
             // Half a file is of no use; the next open removes it if this cannot.
-            let _: std::io::Result<()> = env.disk.remove(&incoming);
+            drop(env.disk.remove(&incoming));
             return Err(error);
         }
     };
