@@ -203,7 +203,8 @@ impl Store {
         })
     }
 
-    /// Replaces the state by a peer's snapshot. On an error the old state stays.
+    /// Replaces the state by a peer's snapshot. A bad stream leaves the old state; after an I/O error either may
+    /// be in the file, and the store has to be opened anew.
     pub fn restore(&self, input: &mut dyn Read) -> Result<DumpSummary, StoreError> {
         let _writer = self.writer();
         self.replace(|engine| load(engine, input))
