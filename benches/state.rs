@@ -4,7 +4,8 @@
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "a benchmark prints, and a failure ends it"
+    clippy::cast_possible_truncation,
+    reason = "a benchmark prints, a failure ends it, and its numbers are small"
 )]
 
 use std::path::Path;

@@ -304,9 +304,12 @@ fn insert_run(txn: &WriteTransaction, run: &[Record]) -> Result<(), StoreError> 
 }
 
 fn fill(input: &mut dyn Read, buffer: &mut [u8], what: &str) -> Result<(), StoreError> {
-    input.read_exact(buffer).map_err(|error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => stream(format!("cut off in {what}")),
-        _ => StoreError::Io(error),
+    input.read_exact(buffer).map_err(|error| {
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            stream(format!("cut off in {what}"))
+        } else {
+            StoreError::Io(error)
+        }
     })
 }
 

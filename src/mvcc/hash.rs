@@ -58,6 +58,9 @@ const ETCD_BUCKET: &[u8] = b"key";
 
 impl ReadTxn {
     /// etcd's HashKV up to a revision (`None`: the newest).
+    ///
+    /// Equal on two members when compacted revision and hashed revision are equal. To compare at a compaction,
+    /// hash a reader opened before it: compaction takes nothing from a reader that is there already.
     pub fn hash_kv(
         &self,
         at: Option<Revision>,

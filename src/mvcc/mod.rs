@@ -37,6 +37,8 @@ mod view;
 mod write;
 
 #[cfg(test)]
+mod fault_tests;
+#[cfg(test)]
 mod tests;
 
 use bytes::Bytes;

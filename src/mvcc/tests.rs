@@ -727,3 +727,10 @@ fn a_link_that_leads_forward_is_damage_and_not_an_endless_walk() {
 
     assert_damaged(&store.read().unwrap().get(b"a", Some(revision(2))).unwrap_err());
 }
+
+#[test]
+fn store_and_readers_may_go_to_any_thread() {
+    const fn shared<T: Send + Sync>() {}
+    shared::<Store>();
+    shared::<ReadTxn>();
+}

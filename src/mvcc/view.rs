@@ -175,10 +175,10 @@ where
     ) -> Result<(), StoreError> {
         let bounds: (Bound<&[u8]>, Bound<&[u8]>) = match range {
             KeyRange::One(key) => {
-                if let Some(entry) = self.entry(key, at)? {
-                    let _: ControlFlow<()> = visit(key, &entry)?;
-                }
-                return Ok(());
+                return match self.entry(key, at)? {
+                    Some(entry) => visit(key, &entry).map(|_| ()),
+                    None => Ok(()),
+                };
             }
             KeyRange::Span(start, end) if end <= start => return Ok(()),
             KeyRange::Span(start, end) => (Bound::Included(start), Bound::Excluded(end)),

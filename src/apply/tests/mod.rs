@@ -1,4 +1,10 @@
 //! etcd's rules, one by one, and then all together against a model.
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::wildcard_enum_match_arm,
+    reason = "the model is as short as it can be, and its numbers are small"
+)]
 
 mod model;
 mod random;
