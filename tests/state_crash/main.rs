@@ -413,6 +413,26 @@ fn every_flipped_bit_of_the_header_is_repaired_from_its_copy() {
 }
 
 #[test]
+fn destroyed_header_is_restored_even_if_the_power_fails_again() {
+    let master = CardDisk::default();
+    let contents = small_database(&master);
+    master.edit(Path::new(PATH), |bytes| bytes[..512].fill(0x5a));
+    let mut restored = 0;
+    for cut in 0..30 {
+        let disk = master.copy();
+        disk.cut_after(cut);
+        let cut_off = open_and_read(&disk).is_err();
+        assert!(cut_off || cut > 20, "cut {cut}");
+        disk.power_on(&mut Chance::new(cut));
+        let node = Node::open(&disk.env(3), Options::default()).unwrap();
+        restored += u32::from(node.backend.report().header_restored);
+        assert_eq!(read_all(&node.database).unwrap(), contents, "cut {cut}");
+        node.close().unwrap();
+    }
+    assert!(restored > 5, "{restored}");
+}
+
+#[test]
 fn no_flipped_bit_of_the_database_file_gives_wrong_data() {
     let master = CardDisk::default();
     let contents = small_database(&master);

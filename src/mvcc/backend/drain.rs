@@ -130,7 +130,7 @@ impl Drain {
             used != 0 && RECORDS_BYTES < used + bytes.len() as u64
         });
         if full {
-            self.write_snapshot(Epoch::new(epoch.get() - 1)).await?;
+            self.write_snapshot(Epoch::new(epoch.get() - 1))?;
         }
         let Some(table) = &mut self.table else {
             unreachable!("a snapshot leaves a table file");
@@ -142,7 +142,10 @@ impl Drain {
     }
 
     /// Writes all checksums, as of the end of `epoch`, to the table file that is not in use.
-    async fn write_snapshot(&mut self, epoch: Epoch) -> Result<(), Failure> {
+    ///
+    /// The barrier of the record that follows covers it. Until then nothing goes to the database file, so the
+    /// other table file, whole up to `epoch`, remains right.
+    fn write_snapshot(&mut self, epoch: Epoch) -> Result<(), Failure> {
         let bytes = {
             let state = self.shared.lock();
             encode_snapshot(self.shared.id, epoch, state.overlay.crcs(), self.header.as_ref())
@@ -152,7 +155,6 @@ impl Drain {
         let start = bytes.len() as u64;
         self.write_table(&*file, &bytes, 0)?;
         self.extend_with_zeros(&*file, start + RECORDS_BYTES)?;
-        self.sync(&*file, Operation::Table).await?;
         self.next_slot = 1 - slot;
         self.table = Some(TableFile { file, start, end: start });
         Ok(())
