@@ -1,5 +1,6 @@
 //! What can be wrong with keys and certificates, and what to do about it.
 
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
@@ -141,7 +142,7 @@ impl PkiError {
 }
 
 /// A certificate that is genuine, but not the one expected here.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WrongIdentity {
     /// It does not say whose it is.
     #[error("the certificate has no usable `k3s-server://` name: {0}")]
@@ -154,6 +155,13 @@ pub enum WrongIdentity {
         /// Whose it should be; a `*` stands for any node.
         expected: String,
     },
+}
+
+/// The sentence. rustls shows the errors of a verifier only in this form, and people read them in the journal.
+impl fmt::Debug for WrongIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 /// A name that cannot go into a certificate.
