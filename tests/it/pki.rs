@@ -400,11 +400,42 @@ async fn files_are_private_and_the_token_hash_is_that_of_the_file() {
     assert_eq!(pki.authority_pem().as_bytes(), bytes);
 }
 
+/// An independent reader of X.509, strict about the standard: what it accepts, Go's does too.
+#[tokio::test]
+async fn openssl_accepts_each_certificate_for_its_purpose_only() {
+    let (node, pki) = founded().await;
+    let verify = |purpose: &str, role: Role| {
+        let paths = pki.paths(role);
+        std::process::Command::new("openssl")
+            .args(["verify", "-x509_strict", "-purpose", purpose, "-CAfile"])
+            .arg(&paths.authority)
+            .arg(&paths.certificate)
+            .output()
+    };
+    for role in Role::ALL {
+        for (purpose, fit) in
+            [("sslserver", role != Role::Client), ("sslclient", role != Role::Server)]
+        {
+            let output = match verify(purpose, role) {
+                Ok(output) => output,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    eprintln!("SKIPPED: openssl is not installed");
+                    return;
+                }
+                Err(error) => panic!("{error}"),
+            };
+            let text = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.success(), fit, "{role} as {purpose}: {text}");
+        }
+    }
+    drop(node);
+}
+
 /// Changes one thing in a good directory and tries to open it.
 async fn after(damage: impl FnOnce(&Node)) -> PkiError {
     let (node, _pki) = founded().await;
     damage(&node);
-    let error = node.open().await.err().expect("opened in spite of the damage");
+    let error = node.open().await.map(|_| ()).expect_err("opened in spite of the damage");
     assert!(!error.remedy().is_empty());
     let text = format!("{error} {error:?}");
     assert!(!text.contains("PRIVATE KEY") && !text.contains("MIG"), "a key is in: {text}");
