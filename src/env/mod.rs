@@ -69,6 +69,10 @@ pub trait Disk: Send + Sync + 'static {
     fn exists(&self, path: &Path) -> io::Result<bool>;
     /// Bytes an unprivileged process may still allocate on the file system that holds `path`.
     fn free_bytes(&self, path: &Path) -> io::Result<u64>;
+    /// Permission bits of a file or directory; `None` on a disk that has none.
+    fn mode(&self, _path: &Path) -> io::Result<Option<u32>> {
+        Ok(None)
+    }
     /// Takes the exclusive lock that says "a node runs on this directory". Held until dropped.
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>>;
 }

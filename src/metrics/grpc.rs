@@ -241,6 +241,11 @@ impl Method {
         }))
     }
 
+    /// Counts messages from the client.
+    pub fn received(&self, messages: u64) {
+        self.0.received.inc_by(messages);
+    }
+
     /// Counts a call as started.
     pub fn call(&self) -> Call {
         self.0.started.inc();
@@ -270,11 +275,6 @@ pub struct Call {
 }
 
 impl Call {
-    /// Counts messages from the client.
-    pub fn received(&self, messages: u64) {
-        self.method.0.received.inc_by(messages);
-    }
-
     /// Counts messages to the client.
     pub fn sent(&self, messages: u64) {
         self.method.0.sent.inc_by(messages);

@@ -57,7 +57,7 @@ pub fn read() -> Reading {
     }
 }
 
-/// `VmRSS:	   1234 kB` in bytes. The kernel's "kB" are 1 024 bytes on every page size.
+/// `VmRSS:    1234 kB` in bytes. The kernel's "kB" are 1 024 bytes on every page size.
 fn field_bytes(status: &str, name: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;

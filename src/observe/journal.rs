@@ -218,7 +218,8 @@ mod tests {
             let (name, value) = if let Some((name, value)) = head.split_once('=') {
                 (name, value.to_owned())
             } else {
-                let length = u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize;
+                let length = u64::from_le_bytes(rest[..8].try_into().unwrap());
+                let length = usize::try_from(length).unwrap();
                 let value = String::from_utf8(rest[8..8 + length].to_vec()).unwrap();
                 assert_eq!(rest[8 + length], b'\n');
                 rest = &rest[9 + length..];

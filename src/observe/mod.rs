@@ -12,6 +12,8 @@
 
 pub mod events;
 pub mod fields;
+pub mod grpc;
+pub mod http;
 pub mod journal;
 pub mod logging;
 
