@@ -437,12 +437,30 @@ impl Check<'_> {
         }
     }
 
+    fn dns_families_once(&mut self, given: &[IpAddr]) {
+        for (index, address) in given.iter().enumerate() {
+            let family = Family::of(*address);
+            if let Some(earlier) = given[..index].iter().find(|other| Family::of(**other) == family)
+            {
+                self.problems.push(
+                    Problem::error(
+                        self.settings.origin("cluster-dns"),
+                        format!("cluster-dns has two {family} addresses"),
+                    )
+                    .found(format!("{earlier} and {address}"))
+                    .expected("at most one of each IP family"),
+                );
+            }
+        }
+    }
+
     /// Inside a service network, and not its first address, which the API server takes.
     fn cluster_dns(&mut self, services: &[Cidr], networks_right: bool) -> Vec<IpAddr> {
         let given = self.addresses("cluster-dns");
         if given.is_empty() {
             return services.iter().filter_map(|network| network.nth(10)).collect();
         }
+        self.dns_families_once(&given);
         if networks_right {
             for item in self.settings.items("cluster-dns") {
                 let Ok(address) = kinds::address(&item.text) else { continue };
