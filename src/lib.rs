@@ -17,3 +17,5 @@ pub mod critical;
 pub mod apply;
 
 pub mod raft;
+
+pub mod cli;

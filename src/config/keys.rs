@@ -286,7 +286,7 @@ pub static KEYS: &[Key] = &[
     Key::new("config", K::Path, G::Logging, "Configuration file; `.d` after its name is the directory of drop-ins")
         .short('c')
         .env(&["K3S_CONFIG_FILE"])
-        .default(DEFAULT_FILE)
+        .default_note(DEFAULT_FILE)
         .ours(),
     Key::new("debug", K::Bool, G::Logging, "Log more").env(&["K3S_DEBUG"]).default("false").both(),
     Key::new("v", K::Int(0, 10), G::Logging, "Verbosity of Kubernetes components").short('v').default("0"),

@@ -40,7 +40,7 @@ pub fn validate(settings: &Settings, host: &Host) -> (Option<Values>, Problems) 
         db_dir: check.directory("db-dir"),
         data_dir: check.directory("data-dir"),
         node_name: check.node_name(host),
-        node_ips: check.addresses("node-ip"),
+        node_ips: check.node_ips(host),
         node_external_ips: check.addresses("node-external-ip"),
         tls_sans: settings.items("tls-san").iter().map(|item| item.text.clone()).collect(),
         start,
@@ -133,6 +133,12 @@ impl Check<'_> {
             .iter()
             .filter_map(|item| kinds::address(&item.text).ok())
             .collect()
+    }
+
+    /// Configured, else detected.
+    fn node_ips(&self, host: &Host) -> Vec<IpAddr> {
+        let configured = self.addresses("node-ip");
+        if configured.is_empty() { host.address.into_iter().collect() } else { configured }
     }
 
     /// A directory; relative ones would depend on where the daemon was started.
@@ -304,7 +310,7 @@ impl Check<'_> {
             self.problems.push(problem);
         }
         for name in ["datastore-cafile", "datastore-certfile", "datastore-keyfile", "kine-tls"] {
-            if let Some(item) = self.settings.one(name) {
+            if let Some(item) = self.settings.one(name).filter(|item| item.text != "false") {
                 let text = format!("{name} is ignored: k3s-server is the datastore");
                 self.problems.push(Problem::warning(item.origin.clone(), text));
             }
@@ -323,8 +329,7 @@ impl Check<'_> {
 
     /// Networks with their defaults, and the rules between them.
     fn network(&mut self, host: &Host) -> Network {
-        let node = self.addresses("node-ip");
-        let first = node.first().copied().or(host.address);
+        let first = self.node_ips(host).first().copied();
         let six = first.is_some_and(|address| address.is_ipv6());
         let (cluster_default, service_default) =
             if six { ("fd00:42::/56", "fd00:43::/112") } else { ("10.42.0.0/16", "10.43.0.0/16") };

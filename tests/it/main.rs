@@ -1,0 +1,5 @@
+//! Integration tests in one binary: each module drives the library through its public face.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed unwrap is a failed test")]
+
+mod cli;
+mod config;
