@@ -57,10 +57,12 @@ pub fn parse(arguments: &[OsString], width: Option<usize>) -> Result<Command, Fa
 /// Help and version are answers; everything else is wrong usage.
 fn answer(error: &clap::Error) -> Result<Command, Failure> {
     let text = error.render().to_string();
-    match error.kind() {
-        ErrorKind::DisplayHelp => Ok(Command::Help(text)),
-        ErrorKind::DisplayVersion => Ok(Command::Version),
-        _ => Err(Failure { exit: Exit::Usage, text: text.trim_end().to_owned(), fix: None }),
+    if error.kind() == ErrorKind::DisplayHelp {
+        Ok(Command::Help(text))
+    } else if error.kind() == ErrorKind::DisplayVersion {
+        Ok(Command::Version)
+    } else {
+        Err(Failure { exit: Exit::Usage, text: text.trim_end().to_owned(), fix: None })
     }
 }
 
@@ -78,7 +80,6 @@ pub fn parser(width: Option<usize>) -> clap::Command {
         .about("etcd-compatible, replicated datastore for highly available K3s on SD cards")
         .after_help(AFTER_HELP)
         .subcommand_required(true)
-        .disable_help_subcommand(true)
         .max_term_width(WIDTH_MAX)
         .subcommands([
             with_keys(clap::Command::new("server"), true)
@@ -145,14 +146,13 @@ fn flag(key: &'static Key) -> Arg {
         .value_name(key.kind.placeholder())
         .help(help(key))
         .help_heading(key.group.heading());
-    flag = match key.kind {
-        Kind::Bool => flag.num_args(0..=1).require_equals(true).default_missing_value("true"),
-        _ => flag.num_args(1).allow_hyphen_values(true),
+    flag = if key.kind == Kind::Bool {
+        flag.num_args(0..=1).require_equals(true).default_missing_value("true")
+    } else {
+        flag.num_args(1).allow_hyphen_values(true)
     };
-    flag.value_parser(AnyText(match key.kind {
-        Kind::OneOf(words) => words,
-        _ => &[],
-    }))
+    let words = if let Kind::OneOf(words) = key.kind { words } else { &[] };
+    flag.value_parser(AnyText(words))
 }
 
 fn help(key: &Key) -> String {

@@ -113,11 +113,16 @@ pub fn config(config: &Config, show: Show, out: &mut dyn Write) -> io::Result<()
 }
 
 fn value(key: &Key, config: &Config) -> Json {
-    let one = |text: &str| match key.kind {
-        Kind::Secret if !text.is_empty() => json!(REDACTED),
-        Kind::Bool => json!(config.boolean(key.name)),
-        Kind::Int(..) => text.parse::<i64>().map_or_else(|_| json!(text), |number| json!(number)),
-        _ => json!(text),
+    let one = |text: &str| {
+        if key.is_secret() && !text.is_empty() {
+            json!(REDACTED)
+        } else if key.kind == Kind::Bool {
+            json!(config.boolean(key.name))
+        } else if let (Kind::Int(..), Ok(number)) = (key.kind, text.parse::<i64>()) {
+            json!(number)
+        } else {
+            json!(text)
+        }
     };
     let network = &config.network;
     match key.name {

@@ -159,11 +159,10 @@ fn collect(path: &Path, sources: &mut Vec<Source>, problems: &mut Problems) -> b
         Ok((bytes, mode)) => sources.push(Source { name, bytes, mode }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
         Err(error) => {
-            let fix = match error.kind() {
-                io::ErrorKind::PermissionDenied => {
-                    "let the user that runs k3s-server read it (chgrp, chmod g+r)"
-                }
-                _ => "make it a readable regular file",
+            let fix = if error.kind() == io::ErrorKind::PermissionDenied {
+                "let the user that runs k3s-server read it (chgrp, chmod g+r)"
+            } else {
+                "make it a readable regular file"
             };
             problems.push(
                 Problem::error(Origin::Default, format!("cannot read {name}"))

@@ -189,7 +189,8 @@ impl Check<'_> {
             self.problems.push(
                 Problem::error(self.settings.origin("wal-linger"), "wal-linger is too long")
                     .found(self.text("wal-linger").to_owned())
-                    .expected("at most 1s, because lease holders give up after a few seconds"),
+                    .expected("at most 1s, because lease holders give up after a few seconds")
+                    .fix("write `wal-linger: 1s` or less"),
             );
         }
         linger
@@ -369,6 +370,7 @@ impl Check<'_> {
                         format!("{name} has two {} networks", network.family()),
                     )
                     .found(format!("{earlier} and {network}"))
+                    .fix(format!("remove one of them from `{name}`"))
                     .expected("at most one of each IP family"),
                 );
             }
@@ -400,7 +402,8 @@ impl Check<'_> {
         self.problems.push(
             Problem::error(self.settings.origin(culprit), what)
                 .found(format!("{} for services", name(&services)))
-                .expected(format!("{}, as cluster-cidr", name(&pods))),
+                .expected(format!("{}, as cluster-cidr", name(&pods)))
+                .fix("write both lists with the same families in the same order"),
         );
     }
 
@@ -418,7 +421,8 @@ impl Check<'_> {
                         "service-cidr and cluster-cidr overlap",
                     )
                     .found(format!("{services} and {pods}"))
-                    .expected("networks without a common address"),
+                    .expected("networks without a common address")
+                    .fix("choose another network for one of them"),
                 );
             }
         }
@@ -437,7 +441,8 @@ impl Check<'_> {
                     "cluster-cidr begins with another IP family than node-ip",
                 )
                 .found(format!("{network} for pods and {address} for the node"))
-                .expected(format!("an {} network first", Family::of(address))),
+                .expected(format!("an {} network first", Family::of(address)))
+                .fix("change the order of `cluster-cidr` and `service-cidr`, or of `node-ip`"),
             );
         }
     }
@@ -453,6 +458,7 @@ impl Check<'_> {
                         format!("cluster-dns has two {family} addresses"),
                     )
                     .found(format!("{earlier} and {address}"))
+                    .fix("remove one of them from `cluster-dns`")
                     .expected("at most one of each IP family"),
                 );
             }
@@ -474,10 +480,14 @@ impl Check<'_> {
                     .found(&item.text);
                 let networks: Vec<String> = services.iter().map(ToString::to_string).collect();
                 match home {
-                    None => self.problems.push(problem.expected(format!(
-                        "an address inside service-cidr ({})",
-                        networks.join(", ")
-                    ))),
+                    None => self.problems.push(
+                        problem
+                            .expected(format!(
+                                "an address inside service-cidr ({})",
+                                networks.join(", ")
+                            ))
+                            .fix("remove `cluster-dns` to get the tenth address"),
+                    ),
                     Some(network)
                         if network.nth(1) == Some(address) || network.address() == address =>
                     {
