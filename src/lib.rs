@@ -29,5 +29,7 @@ pub mod observe;
 
 pub mod server;
 
+pub mod cli;
+
 #[cfg(any(test, feature = "testkit"))]
 pub mod testkit;

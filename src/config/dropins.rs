@@ -4,6 +4,7 @@
 //! the `.yaml` and `.yml` files of `<file>.d/`, and the main file may be missing where there are drop-ins. One
 //! rule is ours: a file that somebody named must exist.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
@@ -28,7 +29,7 @@ pub struct Paths {
 }
 
 /// A file as read.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Source {
     /// Its path, for messages.
     pub name: String,
@@ -36,6 +37,13 @@ pub struct Source {
     pub bytes: Vec<u8>,
     /// Permission bits.
     pub mode: u32,
+}
+
+impl fmt::Debug for Source {
+    /// Without the content, which may hold secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Source({}, {} bytes)", self.name, self.bytes.len())
+    }
 }
 
 /// The file to read and who chose it.
@@ -151,11 +159,10 @@ fn collect(path: &Path, sources: &mut Vec<Source>, problems: &mut Problems) -> b
         Ok((bytes, mode)) => sources.push(Source { name, bytes, mode }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
         Err(error) => {
-            let fix = match error.kind() {
-                io::ErrorKind::PermissionDenied => {
-                    "let the user that runs k3s-server read it (chgrp, chmod g+r)"
-                }
-                _ => "make it a readable regular file",
+            let fix = if error.kind() == io::ErrorKind::PermissionDenied {
+                "let the user that runs k3s-server read it (chgrp, chmod g+r)"
+            } else {
+                "make it a readable regular file"
             };
             problems.push(
                 Problem::error(Origin::Default, format!("cannot read {name}"))

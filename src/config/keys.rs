@@ -190,7 +190,7 @@ pub static KEYS: &[Key] = &[
     Key::new("etcd-s3-region", K::Text, G::Database, "S3 region").default("us-east-1").ours(),
     Key::new("etcd-s3-folder", K::Text, G::Database, "Folder in the bucket").ours(),
     Key::new("etcd-s3-retention", K::Int(0, 100_000), G::Database, "Backups to keep in S3; 0 keeps all").default("5").ours(),
-    Key::new("etcd-s3-proxy", K::Text, G::Database, "Proxy for S3, instead of the one in the environment").ours(),
+    Key::new("etcd-s3-proxy", K::Secret, G::Database, "Proxy for S3, instead of the one in the environment").ours(),
     Key::new("etcd-s3-config-secret", K::Text, G::Database, "Secret in kube-system that holds the S3 settings, used when no other is given").ours(),
     Key::new("etcd-s3-insecure", K::Bool, G::Database, "Talk plain HTTP to the S3 service").default("false").ours(),
     Key::new("etcd-s3-timeout", K::Duration, G::Database, "Longest time for one S3 operation").default("5m").ours(),
@@ -215,14 +215,14 @@ pub static KEYS: &[Key] = &[
         .both(),
     Key::new("bind-address", K::Address, G::Listener, "Address upstream k3s listens on").default_note("all addresses"),
     Key::new("https-listen-port", K::PORT, G::Listener, "Port of the API server").default("6443"),
-    Key::new("supervisor-port", K::PORT, G::Listener, "Port of the upstream supervisor").env(&["K3S_SUPERVISOR_PORT"]).hidden(),
-    Key::new("apiserver-port", K::PORT, G::Listener, "Inner port of the API server").env(&["K3S_APISERVER_PORT"]).hidden(),
+    Key::new("supervisor-port", K::Int(0, 65_535), G::Listener, "Port of the upstream supervisor").env(&["K3S_SUPERVISOR_PORT"]).hidden(),
+    Key::new("apiserver-port", K::Int(0, 65_535), G::Listener, "Inner port of the API server").env(&["K3S_APISERVER_PORT"]).hidden(),
     Key::new("apiserver-bind-address", K::Address, G::Listener, "Inner address of the API server")
         .env(&["K3S_APISERVER_BIND_ADDRESS"])
         .hidden(),
     Key::new("advertise-address", K::Address, G::Listener, "Address that the API server tells the cluster")
         .default_note("node-external-ip or node-ip"),
-    Key::new("advertise-port", K::PORT, G::Listener, "Port that the API server tells the cluster").default_note("https-listen-port"),
+    Key::new("advertise-port", K::Int(0, 65_535), G::Listener, "Port that the API server tells the cluster").default_note("https-listen-port"),
     Key::new("tls-san", K::Text, G::Listener, "More host names and addresses for the server certificates").split().both(),
     Key::new("tls-san-security", K::Bool, G::Listener, "Refuse names in the API server's certificate that nobody configured").default("true"),
     Key::new("write-kubeconfig", K::Path, G::Client, "Where to write the administrator's kubeconfig").short('o').env(&["K3S_KUBECONFIG_OUTPUT"]),
@@ -286,10 +286,10 @@ pub static KEYS: &[Key] = &[
     Key::new("config", K::Path, G::Logging, "Configuration file; `.d` after its name is the directory of drop-ins")
         .short('c')
         .env(&["K3S_CONFIG_FILE"])
-        .default(DEFAULT_FILE)
+        .default_note(DEFAULT_FILE)
         .ours(),
     Key::new("debug", K::Bool, G::Logging, "Log more").env(&["K3S_DEBUG"]).default("false").both(),
-    Key::new("v", K::Int(0, 10), G::Logging, "Verbosity of Kubernetes components").short('v').default("0"),
+    Key::new("v", K::Int(0, 1_000), G::Logging, "Verbosity of Kubernetes components").short('v').default("0"),
     Key::new("vmodule", K::Text, G::Logging, "Verbosity by source file of Kubernetes components: pattern=N,..."),
     Key::new("log", K::Path, G::Logging, "File for upstream's log").short('l'),
     Key::new("alsologtostderr", K::Bool, G::Logging, "With log: write to standard error too").default("false"),

@@ -172,7 +172,8 @@ fn one_of(text: &str, words: &[&str]) -> Result<(), Wrong> {
         return Ok(());
     }
     let wrong = Wrong::new("has an unknown value", format!("one of {}", words.join(", ")));
-    Err(match suggest::nearest(text, words.iter().copied()) {
+    let longer = || words.iter().copied().find(|word| !text.is_empty() && word.starts_with(text));
+    Err(match suggest::nearest(text, words.iter().copied()).or_else(longer) {
         Some(word) => wrong.value(word),
         None => wrong,
     })

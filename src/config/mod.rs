@@ -62,8 +62,8 @@ pub struct Host {
     pub address: Option<IpAddr>,
 }
 
-/// Everything a configuration is made of.
-#[derive(Clone, Debug)]
+/// Everything a configuration is made of. Not `Debug`: variables and arguments may be secret.
+#[derive(Clone)]
 pub struct Request {
     /// Arguments, in order.
     pub command_line: Vec<Given>,

@@ -30,9 +30,7 @@ fn distance(a: &[char], b: &[char]) -> usize {
     for (i, row) in edits.iter_mut().enumerate() {
         row[0] = i;
     }
-    for j in 0..=b.len() {
-        edits[0][j] = j;
-    }
+    edits[0] = (0..=b.len()).collect();
     for i in 1..=a.len() {
         for j in 1..=b.len() {
             let replace = edits[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);

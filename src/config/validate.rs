@@ -40,7 +40,7 @@ pub fn validate(settings: &Settings, host: &Host) -> (Option<Values>, Problems) 
         db_dir: check.directory("db-dir"),
         data_dir: check.directory("data-dir"),
         node_name: check.node_name(host),
-        node_ips: check.addresses("node-ip"),
+        node_ips: check.node_ips(host),
         node_external_ips: check.addresses("node-external-ip"),
         tls_sans: settings.items("tls-san").iter().map(|item| item.text.clone()).collect(),
         start,
@@ -135,6 +135,12 @@ impl Check<'_> {
             .collect()
     }
 
+    /// Configured, else detected.
+    fn node_ips(&self, host: &Host) -> Vec<IpAddr> {
+        let configured = self.addresses("node-ip");
+        if configured.is_empty() { host.address.into_iter().collect() } else { configured }
+    }
+
     /// A directory; relative ones would depend on where the daemon was started.
     fn directory(&mut self, name: &'static str) -> PathBuf {
         let path = PathBuf::from(self.text(name));
@@ -183,7 +189,8 @@ impl Check<'_> {
             self.problems.push(
                 Problem::error(self.settings.origin("wal-linger"), "wal-linger is too long")
                     .found(self.text("wal-linger").to_owned())
-                    .expected("at most 1s, because lease holders give up after a few seconds"),
+                    .expected("at most 1s, because lease holders give up after a few seconds")
+                    .fix("write `wal-linger: 1s` or less"),
             );
         }
         linger
@@ -304,7 +311,7 @@ impl Check<'_> {
             self.problems.push(problem);
         }
         for name in ["datastore-cafile", "datastore-certfile", "datastore-keyfile", "kine-tls"] {
-            if let Some(item) = self.settings.one(name) {
+            if let Some(item) = self.settings.one(name).filter(|item| item.text != "false") {
                 let text = format!("{name} is ignored: k3s-server is the datastore");
                 self.problems.push(Problem::warning(item.origin.clone(), text));
             }
@@ -323,8 +330,7 @@ impl Check<'_> {
 
     /// Networks with their defaults, and the rules between them.
     fn network(&mut self, host: &Host) -> Network {
-        let node = self.addresses("node-ip");
-        let first = node.first().copied().or(host.address);
+        let first = self.node_ips(host).first().copied();
         let six = first.is_some_and(|address| address.is_ipv6());
         let (cluster_default, service_default) =
             if six { ("fd00:42::/56", "fd00:43::/112") } else { ("10.42.0.0/16", "10.43.0.0/16") };
@@ -364,6 +370,7 @@ impl Check<'_> {
                         format!("{name} has two {} networks", network.family()),
                     )
                     .found(format!("{earlier} and {network}"))
+                    .fix(format!("remove one of them from `{name}`"))
                     .expected("at most one of each IP family"),
                 );
             }
@@ -395,7 +402,8 @@ impl Check<'_> {
         self.problems.push(
             Problem::error(self.settings.origin(culprit), what)
                 .found(format!("{} for services", name(&services)))
-                .expected(format!("{}, as cluster-cidr", name(&pods))),
+                .expected(format!("{}, as cluster-cidr", name(&pods)))
+                .fix("write both lists with the same families in the same order"),
         );
     }
 
@@ -413,7 +421,8 @@ impl Check<'_> {
                         "service-cidr and cluster-cidr overlap",
                     )
                     .found(format!("{services} and {pods}"))
-                    .expected("networks without a common address"),
+                    .expected("networks without a common address")
+                    .fix("choose another network for one of them"),
                 );
             }
         }
@@ -432,8 +441,27 @@ impl Check<'_> {
                     "cluster-cidr begins with another IP family than node-ip",
                 )
                 .found(format!("{network} for pods and {address} for the node"))
-                .expected(format!("an {} network first", Family::of(address))),
+                .expected(format!("an {} network first", Family::of(address)))
+                .fix("change the order of `cluster-cidr` and `service-cidr`, or of `node-ip`"),
             );
+        }
+    }
+
+    fn dns_families_once(&mut self, given: &[IpAddr]) {
+        for (index, address) in given.iter().enumerate() {
+            let family = Family::of(*address);
+            if let Some(earlier) = given[..index].iter().find(|other| Family::of(**other) == family)
+            {
+                self.problems.push(
+                    Problem::error(
+                        self.settings.origin("cluster-dns"),
+                        format!("cluster-dns has two {family} addresses"),
+                    )
+                    .found(format!("{earlier} and {address}"))
+                    .fix("remove one of them from `cluster-dns`")
+                    .expected("at most one of each IP family"),
+                );
+            }
         }
     }
 
@@ -443,6 +471,7 @@ impl Check<'_> {
         if given.is_empty() {
             return services.iter().filter_map(|network| network.nth(10)).collect();
         }
+        self.dns_families_once(&given);
         if networks_right {
             for item in self.settings.items("cluster-dns") {
                 let Ok(address) = kinds::address(&item.text) else { continue };
@@ -451,10 +480,14 @@ impl Check<'_> {
                     .found(&item.text);
                 let networks: Vec<String> = services.iter().map(ToString::to_string).collect();
                 match home {
-                    None => self.problems.push(problem.expected(format!(
-                        "an address inside service-cidr ({})",
-                        networks.join(", ")
-                    ))),
+                    None => self.problems.push(
+                        problem
+                            .expected(format!(
+                                "an address inside service-cidr ({})",
+                                networks.join(", ")
+                            ))
+                            .fix("remove `cluster-dns` to get the tenth address"),
+                    ),
                     Some(network)
                         if network.nth(1) == Some(address) || network.address() == address =>
                     {

@@ -114,7 +114,7 @@ pub struct Values {
     pub data_dir: PathBuf,
     /// Name of this node, lower case.
     pub node_name: String,
-    /// Configured addresses of this node; empty: to be detected.
+    /// Addresses of this node: `node-ip`, else the one detected on the host, else none.
     pub node_ips: Vec<IpAddr>,
     /// Addresses at which others reach this node.
     pub node_external_ips: Vec<IpAddr>,

@@ -75,14 +75,8 @@ pub struct Entry {
 /// Reads the text of a file. The name is used in messages only.
 pub fn parse(name: &str, bytes: &[u8]) -> Result<Vec<Entry>, Problems> {
     let file: Arc<str> = Arc::from(name);
-    let document = Document::new(&file, bytes).map_err(single)?;
-    document.entries().map_err(single)
-}
-
-fn single(problem: Problem) -> Problems {
-    let mut problems = Problems::default();
-    problems.push(problem);
-    problems
+    let document = Document::new(&file, bytes)?;
+    document.entries()
 }
 
 struct Document<'a> {
@@ -94,18 +88,20 @@ struct Document<'a> {
 
 impl<'a> Document<'a> {
     /// Checks everything that must hold before the parser sees the text.
-    fn new(file: &'a Arc<str>, bytes: &'a [u8]) -> Result<Self, Problem> {
+    fn new(file: &'a Arc<str>, bytes: &'a [u8]) -> Result<Self, Problems> {
         let at = |line, column| Origin::File(Position { file: Arc::clone(file), line, column });
         if FILE_BYTES_MAX < bytes.len() {
             return Err(Problem::error(at(1, 1), "the file is too large")
                 .found(format!("{} bytes", bytes.len()))
-                .expected(format!("at most {FILE_BYTES_MAX}")));
+                .expected(format!("at most {FILE_BYTES_MAX}"))
+                .into());
         }
         if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
             return Err(Problem::error(at(1, 1), "the file is not UTF-8")
                 .found("UTF-16")
                 .expected("UTF-8")
-                .fix("save the file as UTF-8"));
+                .fix("save the file as UTF-8")
+                .into());
         }
         let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
         let text = std::str::from_utf8(bytes).map_err(|error| {
@@ -124,12 +120,13 @@ impl<'a> Document<'a> {
         let document = Self { file, text, line_starts };
         if let Some(offset) = too_deep(text) {
             return Err(Problem::error(document.origin(offset), "brackets are nested too deeply")
-                .expected("a mapping of keys to values or lists"));
+                .expected("a mapping of keys to values or lists")
+                .into());
         }
         Ok(document)
     }
 
-    fn entries(&self) -> Result<Vec<Entry>, Problem> {
+    fn entries(&self) -> Result<Vec<Entry>, Problems> {
         let form = self.read(FormSeed { nodes: &mut 0 })?;
         let pairs = match form {
             Form::Scalar(ScalarForm::Null) => return Ok(Vec::new()),
@@ -140,16 +137,17 @@ impl<'a> Document<'a> {
                     "the file is not a mapping",
                 )
                 .found(form.name())
-                .expected("lines of `key: value`"));
+                .expected("lines of `key: value`")
+                .into());
             }
         };
         let texts = self.read(TextsSeed { document: self, pairs: &pairs })?;
         Ok(texts)
     }
 
-    fn read<'t, S: DeserializeSeed<'t>>(&'t self, seed: S) -> Result<S::Value, Problem> {
+    fn read<'t, S: DeserializeSeed<'t>>(&'t self, seed: S) -> Result<S::Value, Problems> {
         seed.deserialize(serde_yaml::Deserializer::from_str(self.text))
-            .map_err(|error| self.problem(&error))
+            .map_err(|error| self.problem(&error).into())
     }
 
     /// The parser's complaint in our form. Its place, which it prints at the end, goes to the front.

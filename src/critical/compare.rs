@@ -145,3 +145,151 @@ impl ClusterFlags {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use super::super::tests::flags;
+    use super::*;
+
+    fn cluster(text: &str) -> ClusterFlags {
+        flags(text).found(UNIX_EPOCH + Duration::from_secs(1), "pi-1").0
+    }
+
+    fn differing(here: &str, there: &str) -> Vec<&'static str> {
+        match flags(here).matches(&cluster(there)) {
+            Ok(_) => Vec::new(),
+            Err(mismatches) => mismatches.iter().map(|mismatch| mismatch.flag.name()).collect(),
+        }
+    }
+
+    /// Every flag with its default as a user would write it.
+    const DEFAULTS: &str = "cluster-cidr: 10.42.0.0/16\nservice-cidr: 10.43.0.0/16\ncluster-dns: 10.43.0.10\n\
+        cluster-domain: cluster.local\ndisable: []\ndisable-cloud-controller: false\n\
+        disable-helm-controller: no\ndisable-kube-proxy: \"F\"\ndisable-network-policy: off\n\
+        egress-selector-mode: agent\nembedded-registry: 0\nflannel-backend: vxlan\n\
+        flannel-external-ip: false\nflannel-ipv6-masq: false\nsecrets-encryption: false\n\
+        secrets-encryption-provider: aescbc\nservice-node-port-range: 30000-32767\n\
+        servicelb-namespace: kube-system\nsupervisor-metrics: false\nsystem-default-registry: \"\"\n\
+        critical-extra-config: \"\"\n";
+
+    #[test]
+    fn defaults_written_out_equal_defaults_left_out() {
+        for flag in Flag::ALL {
+            assert!(DEFAULTS.contains(&format!("{flag}: ")), "{flag} is not in the test");
+        }
+        assert_eq!(differing(DEFAULTS, ""), [""; 0]);
+        assert_eq!(differing("", DEFAULTS), [""; 0]);
+    }
+
+    /// One other value for every flag.
+    const OTHERS: [(&str, &str); 21] = [
+        ("cluster-cidr", "10.44.0.0/16"),
+        ("service-cidr", "10.45.0.0/16"),
+        ("cluster-dns", "10.43.0.11"),
+        ("cluster-domain", "k8s.local"),
+        ("disable", "traefik"),
+        ("disable-cloud-controller", "true"),
+        ("disable-helm-controller", "true"),
+        ("disable-kube-proxy", "true"),
+        ("disable-network-policy", "true"),
+        ("egress-selector-mode", "pod"),
+        ("embedded-registry", "true"),
+        ("flannel-backend", "host-gw"),
+        ("flannel-external-ip", "true"),
+        ("flannel-ipv6-masq", "true"),
+        ("secrets-encryption", "true"),
+        ("secrets-encryption-provider", "secretbox"),
+        ("service-node-port-range", "30000-32000"),
+        ("servicelb-namespace", "other"),
+        ("supervisor-metrics", "true"),
+        ("system-default-registry", "registry.example"),
+        ("critical-extra-config", "x"),
+    ];
+
+    #[test]
+    fn every_flag_alone_is_enough_to_refuse() {
+        for (name, value) in OTHERS {
+            let line = format!("{name}: {value}\n");
+            // Another service network moves the default of cluster-dns too.
+            let expected =
+                if name == "service-cidr" { vec![name, "cluster-dns"] } else { vec![name] };
+            assert_eq!(differing(&line, ""), expected);
+            assert_eq!(differing("", &line), expected);
+            assert_eq!(differing(&line, &line), [""; 0]);
+        }
+    }
+
+    #[test]
+    fn all_differences_come_at_once() {
+        let all: String = OTHERS
+            .iter()
+            .filter(|(name, _)| *name != "cluster-dns")
+            .map(|(name, value)| format!("{name}: {value}\n"))
+            .collect();
+
+        assert_eq!(differing(&all, "").len(), Flag::ALL.len());
+    }
+
+    #[test]
+    fn disable_is_a_set() {
+        let one = "disable: [traefik, servicelb]\n";
+
+        assert_eq!(differing(one, "disable: servicelb,traefik,traefik\n"), [""; 0]);
+        assert_eq!(differing(one, "disable: [traefik]\ndisable+: [' servicelb ']\n"), [""; 0]);
+        assert_eq!(differing(one, "disable: traefik\n"), ["disable"]);
+    }
+
+    #[test]
+    fn networks_compare_by_meaning_and_order() {
+        let dual =
+            "cluster-cidr: 10.42.0.0/16,fd00:42::/56\nservice-cidr: 10.43.0.0/16,fd00:43::/112\n";
+        let spelled = "cluster-cidr: [10.42.0.0/16, 'fd00:0042:0::/56']\nservice-cidr: [10.43.0.0/16, 'FD00:43:0::/112']\n";
+        let turned =
+            "cluster-cidr: fd00:42::/56,10.42.0.0/16\nservice-cidr: fd00:43::/112,10.43.0.0/16\n";
+
+        assert_eq!(differing(dual, spelled), [""; 0]);
+        assert_eq!(differing(dual, turned), ["cluster-cidr", "service-cidr", "cluster-dns"]);
+        assert_eq!(differing(dual, ""), ["cluster-cidr", "service-cidr", "cluster-dns"]);
+    }
+
+    #[test]
+    fn first_node_address_decides_the_default_family() {
+        assert_eq!(
+            differing(
+                "node-ip: fd00::5\n",
+                "cluster-cidr: fd00:42::/56\nservice-cidr: fd00:43::/112\n"
+            ),
+            [""; 0]
+        );
+        assert_eq!(
+            differing("node-ip: fd00::5\n", "node-ip: 10.0.0.5\n"),
+            ["cluster-cidr", "service-cidr", "cluster-dns"]
+        );
+    }
+
+    #[test]
+    fn flags_missing_in_an_old_record_count_as_their_default() {
+        let mut old = cluster("");
+        old.entries.retain(|flag, _| flag.number() <= 4);
+
+        assert!(flags("").matches(&old).is_ok());
+        let mismatches = flags("supervisor-metrics: true\n").matches(&old).unwrap_err();
+        let only: Vec<_> = mismatches.iter().collect();
+        assert_eq!(only.len(), 1);
+        assert_eq!(only[0].cluster, ClusterSide::Default(Value::Switch(false)));
+    }
+
+    #[test]
+    fn differences_carry_place_time_and_author() {
+        let mismatches =
+            flags("debug: true\ndisable: traefik\n").matches(&cluster("")).unwrap_err();
+        let mismatch = mismatches.iter().next().unwrap();
+
+        assert_eq!(mismatch.origin.to_string(), "config.yaml:2:10");
+        let ClusterSide::Recorded(recorded) = &mismatch.cluster else { panic!() };
+        assert_eq!(recorded.set_by, "pi-1");
+        assert_eq!(recorded.since, UNIX_EPOCH + Duration::from_secs(1));
+    }
+}

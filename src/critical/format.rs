@@ -261,3 +261,140 @@ impl<'a> Rest<'a> {
         if self.0.is_empty() { Ok(()) } else { Err(damaged("it goes on after its end")) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::flags;
+    use super::*;
+
+    fn record(text: &str) -> ClusterFlags {
+        flags(text).found(UNIX_EPOCH + Duration::new(1_700_000_000, 999), "pi-1").0
+    }
+
+    const DUAL: &str = "cluster-cidr: 10.42.0.0/16,fd00:42::/56\nservice-cidr: 10.43.0.0/16,fd00:43::/112\n\
+        disable: traefik,servicelb\nsystem-default-registry: registry.example\n";
+
+    #[test]
+    fn what_was_written_is_read_back() {
+        for text in ["", DUAL] {
+            let record = record(text);
+            assert_eq!(ClusterFlags::decode(&record.encode()), Ok(record));
+        }
+        assert_eq!(
+            ClusterFlags::decode(&ClusterFlags::default().encode()),
+            Ok(ClusterFlags::default())
+        );
+    }
+
+    #[test]
+    fn bytes_on_disk_do_not_change() {
+        let mut flags = ClusterFlags::default();
+        let at = UNIX_EPOCH + Duration::from_secs(0x0102_0304);
+        flags.set(
+            Flag::ClusterCidr,
+            Value::Networks(vec![Cidr::parse("10.42.0.0/16").unwrap()]),
+            at,
+            "a",
+        );
+        flags.set(Flag::ClusterDns, Value::Addresses(vec!["::1".parse().unwrap()]), at, "");
+        flags.set(Flag::ClusterDomain, Value::Text("c.l".to_owned()), at, "");
+        flags.set(Flag::Disable, Value::Set(["x".to_owned()].into()), at, "");
+        flags.set(Flag::SecretsEncryption, Value::Switch(true), at, "");
+        let hex: String = flags.encode().iter().map(|byte| format!("{byte:02x}")).collect();
+
+        assert_eq!(
+            hex,
+            concat!(
+                "01",
+                "0500",
+                "01",
+                "15000000",
+                "0403020100000000",
+                "01000000",
+                "61",
+                "03",
+                "01",
+                "04",
+                "0a2a0000",
+                "10",
+                "03",
+                "1f000000",
+                "0403020100000000",
+                "00000000",
+                "04",
+                "01",
+                "06",
+                "00000000000000000000000000000001",
+                "04",
+                "14000000",
+                "0403020100000000",
+                "00000000",
+                "02",
+                "03000000",
+                "632e6c",
+                "05",
+                "14000000",
+                "0403020100000000",
+                "00000000",
+                "05",
+                "0100",
+                "01000000",
+                "78",
+                "0f",
+                "0e000000",
+                "0403020100000000",
+                "00000000",
+                "01",
+                "01",
+            )
+        );
+    }
+
+    #[test]
+    fn flags_of_a_later_version_survive_a_rewrite() {
+        let mut later = record("");
+        later.unknown.insert(200, vec![1, 2, 3]);
+        let mut read = ClusterFlags::decode(&later.encode()).unwrap();
+
+        assert_eq!(read.unknown_count(), 1);
+        read.set(Flag::Disable, Value::Set(BTreeSet::new()), UNIX_EPOCH, "pi-2");
+        assert_eq!(ClusterFlags::decode(&read.encode()).unwrap().unknown, later.unknown);
+    }
+
+    #[test]
+    fn every_cut_and_every_changed_byte_is_harmless() {
+        let record = record(DUAL);
+        let bytes = record.encode();
+        for end in 0..bytes.len() {
+            assert!(ClusterFlags::decode(&bytes[..end]).is_err(), "cut at {end}");
+        }
+        for at in 0..bytes.len() {
+            for change in 1..=u8::MAX {
+                let mut changed = bytes.clone();
+                changed[at] ^= change;
+                // A change may hit a letter of a name, and then reads as another record; it never reads as
+                // this one, and what reads has one encoding only.
+                if let Ok(read) = ClusterFlags::decode(&changed) {
+                    assert_ne!(read, record, "byte {at}");
+                    assert_eq!(read.encode(), changed, "byte {at}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn other_versions_are_named() {
+        assert_eq!(ClusterFlags::decode(&[9, 0, 0]), Err(DecodeError::Version { found: 9 }));
+        assert_eq!(
+            DecodeError::Version { found: 9 }.to_string(),
+            "record of the critical flags has an unknown version: found 9, expected 1"
+        );
+    }
+
+    #[test]
+    fn clocks_before_1970_do_not_break_the_record() {
+        let early = UNIX_EPOCH - Duration::from_secs(5);
+
+        assert_eq!(whole_seconds(early), UNIX_EPOCH);
+    }
+}

@@ -33,3 +33,23 @@ pub use compare::{
 pub use flag::{Change, Flag};
 pub use format::DecodeError;
 pub use value::Value;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Host, Paths, Problems, Request, Source, resolve};
+
+    /// The flags of a configuration file with this text.
+    pub(super) fn flags(text: &str) -> CriticalFlags {
+        let request = Request {
+            command_line: Vec::new(),
+            environment: std::collections::BTreeMap::new(),
+            host: Host { name: Some("pi-1".to_owned()), address: None },
+            paths: Paths::default(),
+        };
+        let source =
+            Source { name: "config.yaml".to_owned(), bytes: text.as_bytes().to_vec(), mode: 0o600 };
+        let loaded = resolve(&[source], Problems::default(), &request);
+        CriticalFlags::of(&loaded.unwrap_or_else(|problems| panic!("{problems}")).config)
+    }
+}

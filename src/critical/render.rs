@@ -109,3 +109,48 @@ impl Mismatches {
         f.write_str("       then start this server again")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use expect_test::expect;
+
+    use super::super::tests::flags;
+
+    #[test]
+    fn table_shows_both_sides_and_the_lines_to_write() {
+        let at = UNIX_EPOCH + Duration::from_secs(1_785_931_200);
+        let there = "cluster-cidr: 10.42.0.0/16,fd00:42::/56\nservice-cidr: 10.43.0.0/16,fd00:43::/112\n\
+            disable: [traefik, servicelb]\n";
+        let (cluster, _) = flags(there).found(at, "pi-1");
+        let here = "disable-helm-controller: true\nsystem-default-registry: registry.example\ndisable: traefik\n";
+
+        let mismatches = flags(here).matches(&cluster).unwrap_err();
+
+        expect![[r#"
+            6 settings differ from the cluster; nothing was changed
+              flag                     here              cluster
+              cluster-cidr             10.42.0.0/16      10.42.0.0/16, fd00:42::/56
+                                       default           since 2026-08-05 12:00 UTC, set by pi-1
+              service-cidr             10.43.0.0/16      10.43.0.0/16, fd00:43::/112
+                                       default           since 2026-08-05 12:00 UTC, set by pi-1
+              cluster-dns              10.43.0.10        10.43.0.10, fd00:43::a
+                                       default           since 2026-08-05 12:00 UTC, set by pi-1
+              disable                  traefik           servicelb, traefik
+                                       config.yaml:3:10  since 2026-08-05 12:00 UTC, set by pi-1
+              disable-helm-controller  true              false
+                                       config.yaml:1:26  since 2026-08-05 12:00 UTC, set by pi-1
+              system-default-registry  registry.example  (none)
+                                       config.yaml:2:26  since 2026-08-05 12:00 UTC, set by pi-1
+              fix: in the configuration file of this server write
+                     cluster-cidr: "10.42.0.0/16,fd00:42::/56"
+                     service-cidr: "10.43.0.0/16,fd00:43::/112"
+                     cluster-dns: "10.43.0.10,fd00:43::a"
+                     disable: [servicelb, traefik]
+                     disable-helm-controller: false
+                     # no `system-default-registry`: remove it
+                   then start this server again"#]]
+        .assert_eq(&mismatches.to_string());
+    }
+}

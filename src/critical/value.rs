@@ -5,7 +5,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use crate::config::keys::find;
-use crate::config::{Cidr, Config, Kind};
+use crate::config::{Cidr, Config};
 
 use super::flag::Flag;
 
@@ -34,8 +34,23 @@ impl Value {
             Flag::Disable => {
                 Self::Set(config.texts(flag.name()).into_iter().map(str::to_owned).collect())
             }
-            _ if is_switch(flag) => Self::Switch(config.boolean(flag.name())),
-            _ => Self::Text(config.text(flag.name()).to_owned()),
+            Flag::DisableCloudController
+            | Flag::DisableHelmController
+            | Flag::DisableKubeProxy
+            | Flag::DisableNetworkPolicy
+            | Flag::EmbeddedRegistry
+            | Flag::FlannelExternalIp
+            | Flag::FlannelIpv6Masq
+            | Flag::SecretsEncryption
+            | Flag::SupervisorMetrics => Self::Switch(config.boolean(flag.name())),
+            Flag::ClusterDomain
+            | Flag::EgressSelectorMode
+            | Flag::FlannelBackend
+            | Flag::SecretsEncryptionProvider
+            | Flag::ServiceNodePortRange
+            | Flag::ServicelbNamespace
+            | Flag::SystemDefaultRegistry
+            | Flag::CriticalExtraConfig => Self::Text(config.text(flag.name()).to_owned()),
         }
     }
 
@@ -44,8 +59,25 @@ impl Value {
         match flag {
             Flag::ClusterCidr | Flag::ServiceCidr | Flag::ClusterDns => None,
             Flag::Disable => Some(Self::Set(BTreeSet::new())),
-            _ if is_switch(flag) => Some(Self::Switch(false)),
-            _ => find(flag.name()).map(|key| Self::Text(key.default.to_owned())),
+            Flag::DisableCloudController
+            | Flag::DisableHelmController
+            | Flag::DisableKubeProxy
+            | Flag::DisableNetworkPolicy
+            | Flag::EmbeddedRegistry
+            | Flag::FlannelExternalIp
+            | Flag::FlannelIpv6Masq
+            | Flag::SecretsEncryption
+            | Flag::SupervisorMetrics => Some(Self::Switch(false)),
+            Flag::ClusterDomain
+            | Flag::EgressSelectorMode
+            | Flag::FlannelBackend
+            | Flag::SecretsEncryptionProvider
+            | Flag::ServiceNodePortRange
+            | Flag::ServicelbNamespace
+            | Flag::SystemDefaultRegistry
+            | Flag::CriticalExtraConfig => {
+                find(flag.name()).map(|key| Self::Text(key.default.to_owned()))
+            }
         }
     }
 
@@ -73,10 +105,6 @@ impl Value {
             Self::Set(words) => joined(words),
         }
     }
-}
-
-fn is_switch(flag: Flag) -> bool {
-    find(flag.name()).is_some_and(|key| key.kind == Kind::Bool)
 }
 
 impl fmt::Display for Value {

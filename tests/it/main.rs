@@ -1,4 +1,7 @@
-//! Integration tests, one binary so that they link once.
+//! Integration tests in one binary, so that they link once: each module drives the library through its public face.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed unwrap is a failed test")]
 
+mod cli;
+mod config;
 mod pki;
 mod unit_file;

@@ -1,0 +1,229 @@
+//! Understands the command line, does the small commands itself and hands the large ones over.
+//!
+//! # Shape
+//!
+//! [`arguments`] builds the parser from the table of keys and turns arguments into a [`Command`]. [`run`]
+//! carries it out. Whatever needs the rest of the program (the daemon, the log reader) is behind [`Programs`],
+//! so that this module is tested without them.
+//!
+//! # Invariants
+//!
+//! - Exit status: see [`Exit`]. It is decided here and nowhere else.
+//! - Nothing printed here holds the text of a secret.
+//!
+//! # Not here
+//!
+//! What values mean (`config`), what the daemon does (`server`).
+
+pub mod arguments;
+mod report;
+mod world;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use crate::config::{self, Given, Loaded, Request};
+
+pub use world::World;
+
+/// What was asked for.
+#[derive(Debug)]
+pub enum Command {
+    /// Run the daemon.
+    Server(Vec<Given>),
+    /// Check the configuration only.
+    Check(Vec<Given>, Format),
+    /// Print the configuration with origins.
+    ConfigShow(Vec<Given>, Show),
+    /// Look for damage in a log.
+    WalVerify(WalArguments),
+    /// Print what a log holds.
+    WalDump(WalArguments),
+    /// Print the version.
+    Version,
+    /// Print a completion script.
+    Completion(clap_complete::Shell),
+    /// Print this text: help that was asked for.
+    Help(String),
+}
+
+/// Arguments of `wal verify` and `wal dump`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WalArguments {
+    /// The directory of a node (`db-dir`), running or not.
+    pub directory: PathBuf,
+    /// Form of the output.
+    pub format: Format,
+}
+
+/// Form of an output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// Arguments of `config show`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Show {
+    /// Form of the output.
+    pub format: Format,
+    /// Whether keys at their defaults are shown too.
+    pub all: bool,
+}
+
+/// The parts of the program that are too large for this module.
+pub trait Programs {
+    /// Runs the daemon until it is told to stop. Warnings are the daemon's to log.
+    fn server(&self, loaded: Loaded) -> Result<(), Failure>;
+
+    /// Looks for damage in the log of a node.
+    fn wal_verify(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure>;
+
+    /// Prints every committed write of a node's log.
+    fn wal_dump(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure>;
+}
+
+/// Why a command did not do what it should.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text}")]
+pub struct Failure {
+    /// Whether starting again could help.
+    pub exit: Exit,
+    /// What is wrong.
+    pub text: String,
+    /// What to do.
+    pub fix: Option<String>,
+}
+
+impl Failure {
+    /// Something went wrong that may go right next time.
+    pub fn failed(text: impl Into<String>) -> Self {
+        Self { exit: Exit::Failed, text: text.into(), fix: None }
+    }
+
+    /// The configuration must change first: the unit is not restarted.
+    pub fn configuration(text: impl Into<String>) -> Self {
+        Self { exit: Exit::Configuration, text: text.into(), fix: None }
+    }
+
+    /// Adds what to do.
+    #[must_use]
+    pub fn fix(mut self, fix: impl Into<String>) -> Self {
+        self.fix = Some(fix.into());
+        self
+    }
+}
+
+impl From<io::Error> for Failure {
+    /// An output that cannot be written.
+    fn from(error: io::Error) -> Self {
+        // `| head` has seen enough; that is no failure.
+        let exit =
+            if error.kind() == io::ErrorKind::BrokenPipe { Exit::Done } else { Exit::Failed };
+        Self { exit, text: format!("cannot write the output: {error}"), fix: None }
+    }
+}
+
+/// How a command ended: the contract with systemd and with scripts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It did what was asked.
+    Done,
+    /// It failed; trying again may help.
+    Failed,
+    /// The command line makes no sense (`EX_USAGE`). The unit is not restarted.
+    Usage,
+    /// The configuration is wrong (`EX_CONFIG`). The unit is not restarted.
+    Configuration,
+}
+
+impl Exit {
+    /// The process' exit status. 64 and 78 are in `RestartPreventExitStatus=` of the unit.
+    pub const fn status(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Failed => 1,
+            Self::Usage => 64,
+            Self::Configuration => 78,
+        }
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit.status())
+    }
+}
+
+/// Runs the program with the arguments, environment and streams of this process.
+pub fn run(programs: &dyn Programs) -> ExitCode {
+    let (mut out, mut err) = (io::stdout(), io::stderr());
+    run_in(&World::of_process(), programs, &mut out, &mut err).into()
+}
+
+/// Runs the program in a world of the caller's choice.
+pub fn run_in(
+    world: &World,
+    programs: &dyn Programs,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> Exit {
+    let result = match arguments::parse(&world.arguments, world.width) {
+        Ok(command) => carry_out(command, world, programs, out).and_then(|()| Ok(out.flush()?)),
+        Err(failure) => Err(failure),
+    };
+    let Err(failure) = result else {
+        return Exit::Done;
+    };
+    if failure.exit != Exit::Done && !failure.text.is_empty() {
+        let fix = failure.fix.map_or(String::new(), |fix| format!("\n  fix: {fix}"));
+        // Nobody is left to tell if this cannot be written either.
+        let _ = writeln!(err, "{}{fix}", failure.text);
+    }
+    failure.exit
+}
+
+fn carry_out(
+    command: Command,
+    world: &World,
+    programs: &dyn Programs,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
+    match command {
+        Command::Server(given) => programs.server(load(given, world)?),
+        Command::Check(given, format) => {
+            let result = config::load(&request(given, world));
+            report::check(&result, format, out)?;
+            match result {
+                Ok(_) => Ok(()),
+                Err(_) => Err(Failure::configuration("")),
+            }
+        }
+        Command::ConfigShow(given, show) => {
+            Ok(report::config(&load(given, world)?.config, show, out)?)
+        }
+        Command::WalVerify(arguments) => programs.wal_verify(&arguments, out),
+        Command::WalDump(arguments) => programs.wal_dump(&arguments, out),
+        Command::Version => Ok(writeln!(out, "k3s-server version {}", env!("CARGO_PKG_VERSION"))?),
+        Command::Completion(shell) => Ok(out.write_all(&arguments::completion(shell))?),
+        Command::Help(text) => Ok(out.write_all(text.as_bytes())?),
+    }
+}
+
+fn request(given: Vec<Given>, world: &World) -> Request {
+    Request {
+        command_line: given,
+        environment: world.variables.clone(),
+        host: world.host.clone(),
+        paths: world.paths.clone(),
+    }
+}
+
+fn load(given: Vec<Given>, world: &World) -> Result<Loaded, Failure> {
+    config::load(&request(given, world))
+        .map_err(|problems| Failure::configuration(problems.to_string()))
+}
