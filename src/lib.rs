@@ -9,7 +9,10 @@ pub mod types;
 pub mod env;
 
 pub mod command;
+pub mod lease;
 pub mod mvcc;
+
+pub mod watch;
 
 pub mod apply;
 
