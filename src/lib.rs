@@ -17,3 +17,5 @@ pub mod watch;
 pub mod apply;
 
 pub mod raft;
+
+pub mod etcd;

@@ -229,10 +229,16 @@ impl Lessor {
 
     /// When there is something to do next.
     pub fn wake_at(&self) -> Option<Instant> {
-        let expiry = self.expiries.iter().find_map(|(expires, id)| {
-            let until = self.leases.get(id)?.revoking_until;
-            Some(until.map_or(*expires, |until| until.max(*expires)))
-        });
+        let mut expiry: Option<Instant> = None;
+        for (expires, id) in &self.expiries {
+            // Whatever comes later in the order cannot be due before this.
+            if expiry.is_some_and(|at| at <= *expires) {
+                break;
+            }
+            let until = self.leases.get(id).and_then(|state| state.revoking_until);
+            let at = until.map_or(*expires, |until| until.max(*expires));
+            expiry = Some(expiry.map_or(at, |other| other.min(at)));
+        }
         let checkpoint = self.checkpoints.first().map(|(at, _)| *at);
         [expiry, checkpoint].into_iter().flatten().min()
     }
@@ -362,6 +368,16 @@ mod tests {
         assert_eq!(lessor.take_expired(end + secs(8), 9), [A]);
         lessor.revoked(A);
         assert_eq!(lessor.wake_at(), None);
+    }
+
+    #[test]
+    fn lease_waiting_for_its_revocation_does_not_hide_the_next_one() {
+        let start = Instant::now();
+        let mut lessor = leader(start);
+        lessor.granted(start, A, 10);
+        lessor.granted(start, B, 11);
+        assert_eq!(lessor.take_expired(start + secs(10), 9), [A]);
+        assert_eq!(lessor.wake_at(), Some(start + secs(11)));
     }
 
     #[test]
