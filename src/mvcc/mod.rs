@@ -1,24 +1,57 @@
 //! Keeps every revision of every key in one redb file, and answers reads at any revision not compacted.
 //!
-//! API SKELETON: bodies to be written. See design section 5.
+//! The log (`wal`) is what makes a write durable; this file only has to be *rebuildable*. Commands are applied
+//! without a barrier, a checkpoint now and then makes everything so far durable in one go, and a start replays
+//! the log from the last checkpoint. There is no index in memory: a start is instant and memory does not grow
+//! with the number of keys.
+//!
+//! # Shape
+//!
+//! [`Store`] is a cheap handle. [`Store::read`] gives a [`ReadTxn`], one consistent moment that later writes do
+//! not disturb; [`Store::write`] runs a closure with the one [`WriteTxn`] and commits what it did, or nothing.
+//! [`View`] is what both can answer. Tables: `rev` (revision → record, linked to the key's previous revision),
+//! `cur` (key → newest revision), `lease`, `lease_key`, `meta`.
+//!
+//! # Invariants
+//!
+//! - Every record carries a version and a CRC32C that covers its table and key as well, checked at every read:
+//!   a flipped bit or a record under the wrong key is [`StoreError::Damaged`], never a wrong answer.
+//! - All changes of one command share one revision, and become visible together.
+//! - A closure that fails changes nothing.
+//! - Equal sequences of writes give equal tables ([`ReadTxn::state_hash`]), however they were batched.
+//! - Compaction reads its own window only.
+//!
+//! # Not here
+//!
+//! What a command means (`apply`), when to checkpoint and to compact (`raft`, `etcd`), time (`lease`).
 
-use std::path::Path;
-use std::sync::Arc;
+mod compaction;
+mod disk;
+mod dump;
+mod error;
+mod format;
+mod hash;
+mod read;
+mod store;
+mod view;
+mod write;
+
+#[cfg(test)]
+mod tests;
 
 use bytes::Bytes;
-use thiserror::Error;
 
-use crate::env::Env;
 use crate::proto::mvccpb::{Event, KeyValue};
-use crate::types::{ClusterId, LeaseId, LogId, NodeId, Revision};
+use crate::types::{LeaseId, Revision};
 
-/// The store failed underneath: nothing a client did.
-#[derive(Debug, Error)]
-pub enum StoreError {
-    /// Placeholder.
-    #[error("{0}")]
-    Other(String),
-}
+pub use dump::DumpSummary;
+pub use error::StoreError;
+pub use format::Position;
+pub use hash::{KvHash, StateHash};
+pub use read::ReadTxn;
+pub use store::{Options, Store};
+pub use view::{Entry, View, Visit};
+pub use write::WriteTxn;
 
 /// Why a revision cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,37 +62,16 @@ pub enum RevisionError {
     Future,
 }
 
-/// How to open the store.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Page cache.
-    pub cache_bytes: usize,
-}
-
 /// A half-open range of keys, as etcd encodes it in (key, range_end).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeyRange {
     /// Exactly this key.
     One(Bytes),
-    /// From `start` to `end`, which is excluded.
+    /// From `start` to `end`, which is excluded. Empty if `end` is not above `start`.
     Span(Bytes, Bytes),
     /// From this key on.
     From(Bytes),
 }
-
-/// The state machine's file.
-#[derive(Clone, Debug)]
-pub struct Store {
-    _inner: Arc<()>,
-}
-
-/// One consistent moment of the store. Later writes do not show.
-#[derive(Debug)]
-pub struct ReadTxn {}
-
-/// The one writer. Dropping it without commit undoes it.
-#[derive(Debug)]
-pub struct WriteTxn {}
 
 /// What a scan found.
 #[derive(Clone, Debug, Default)]
@@ -71,7 +83,7 @@ pub struct Scan {
 }
 
 /// All events of one revision, in order. What watchers see as one unit.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct RevisionEvents {
     /// Their revision.
     pub revision: Revision,
@@ -91,103 +103,30 @@ pub struct LeaseRecord {
 }
 
 /// Sizes that `Status` and the quota report.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StoreSize {
     /// Bytes of the file.
     pub total: u64,
-    /// Bytes of it that hold data.
+    /// Bytes of keys, values and records in it, without free pages: the same on every member.
     pub in_use: u64,
 }
 
-impl Store {
-    /// Opens the file, making it if it is not there.
-    pub fn open(_env: &Env, _path: &Path, _options: &Options) -> Result<Self, StoreError> {
-        todo!()
+impl KeyRange {
+    /// The range a request means: no end is one key, an end of one zero byte is "from key on".
+    pub fn new(key: Bytes, end: Bytes) -> Self {
+        match end.as_ref() {
+            [] => Self::One(key),
+            [0] => Self::From(key),
+            _ => Self::Span(key, end),
+        }
     }
 
-    /// The moment after the last applied command.
-    pub fn read(&self) -> Result<ReadTxn, StoreError> {
-        todo!()
-    }
-
-    /// Sizes of the file.
-    pub fn size(&self) -> Result<StoreSize, StoreError> {
-        todo!()
-    }
-}
-
-impl ReadTxn {
-    /// The newest revision.
-    pub fn revision(&self) -> Revision {
-        todo!()
-    }
-
-    /// The last compacted revision; history below it is gone. 0 before the first compaction.
-    pub fn compacted(&self) -> Revision {
-        todo!()
-    }
-
-    /// One key at a revision (`None`: the newest).
-    pub fn get(&self, _key: &[u8], _at: Option<Revision>) -> Result<Option<KeyValue>, StoreError> {
-        todo!()
-    }
-
-    /// The previous version of what was written to `key` at `revision`, if it is still there: for `prev_kv`.
-    pub fn previous(
-        &self,
-        _key: &[u8],
-        _revision: Revision,
-    ) -> Result<Option<KeyValue>, StoreError> {
-        todo!()
-    }
-
-    /// Events from `from` on, oldest first, whole revisions, until about `bytes_max` were read (always at
-    /// least one revision if there is one). For watchers that start in the past or fell behind.
-    pub fn events(
-        &self,
-        _from: Revision,
-        _range: Option<&KeyRange>,
-        _bytes_max: usize,
-    ) -> Result<(Vec<RevisionEvents>, Revision), StoreError> {
-        // The second value: every revision below or equal to it was looked at.
-        todo!()
-    }
-
-    /// One lease.
-    pub fn lease(&self, _id: LeaseId) -> Result<Option<LeaseRecord>, StoreError> {
-        todo!()
-    }
-
-    /// All leases, by id.
-    pub fn leases(&self) -> Result<Vec<LeaseRecord>, StoreError> {
-        todo!()
-    }
-
-    /// Keys attached to a lease, sorted.
-    pub fn lease_keys(&self, _id: LeaseId) -> Result<Vec<Bytes>, StoreError> {
-        todo!()
-    }
-
-    /// Alarms: (member, etcd's alarm type).
-    pub fn alarms(&self) -> Result<Vec<(NodeId, i32)>, StoreError> {
-        todo!()
-    }
-
-    /// The last applied entry.
-    pub fn applied(&self) -> Option<LogId> {
-        todo!()
-    }
-
-    /// The cluster this state belongs to.
-    pub fn cluster_id(&self) -> Option<ClusterId> {
-        todo!()
-    }
-
-    /// etcd's HashKV: (hash, compacted revision, hash revision).
-    pub fn hash_kv(
-        &self,
-        _at: Option<Revision>,
-    ) -> Result<Result<(u32, Revision, Revision), RevisionError>, StoreError> {
-        todo!()
+    /// Whether a key is inside.
+    pub fn contains(&self, key: &[u8]) -> bool {
+        match self {
+            Self::One(one) => one == key,
+            Self::Span(start, end) => start <= key && key < end,
+            Self::From(start) => start <= key,
+        }
     }
 }
