@@ -181,7 +181,10 @@ impl From<Refusal> for EtcdError {
             Refusal::Compacted => Self::Compacted,
             Refusal::FutureRevision => Self::FutureRevision,
             Refusal::NoSpace => Self::NoSpace,
+            Refusal::LeaseTtlTooLarge => Self::LeaseTtlTooLarge,
             Refusal::Corrupt => Self::Corrupt,
+            // A bug of ours; `kv` asks before it reads.
+            Refusal::WriteInReadOnly => Self::UnknownMethod,
         }
     }
 }
@@ -315,6 +318,7 @@ mod tests {
             Refusal::Compacted,
             Refusal::FutureRevision,
             Refusal::NoSpace,
+            Refusal::LeaseTtlTooLarge,
             Refusal::Corrupt,
         ];
         for refusal in refusals {

@@ -9,7 +9,7 @@ use tonic::{Request, Response, Status};
 use super::api::{Api, wrong_reply};
 use super::error::EtcdError;
 use super::range_stream::{self, RangeChunks};
-use super::{header, validate};
+use super::validate;
 use crate::apply::{self, Refusal, Reply};
 use crate::command::Command;
 use crate::proto::etcdserverpb as pb;
@@ -84,7 +84,7 @@ impl Api {
     ) -> Result<pb::TxnResponse, Status> {
         self.check_quota(&request).await?;
         validate::txn(&request, self.settings().txn_ops_max)?;
-        let (mut response, revision) = if validate::is_read_only(&request) {
+        let (mut response, revision) = if apply::is_read_only(&request) {
             self.read_txn(request, deadline).await?
         } else {
             validate::size(&request, self.settings().request_bytes_max)?;
@@ -93,7 +93,6 @@ impl Api {
                 (other, _) => return Err(wrong_reply(&other)),
             }
         };
-        header::stamp(&mut response.responses, revision);
         response.header = self.header_at(revision);
         Ok(response)
     }

@@ -28,7 +28,6 @@ mod concurrency;
 mod election;
 mod expiry;
 mod gate;
-mod header;
 mod http;
 mod kv;
 mod lease;

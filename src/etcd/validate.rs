@@ -200,23 +200,14 @@ pub fn ttl(asked_secs: i64, min_secs: i64) -> Result<i64, EtcdError> {
     Ok(asked_secs.max(min_secs))
 }
 
-/// Whether a transaction only reads, so that it needs no log entry.
-pub fn is_read_only(request: &pb::TxnRequest) -> bool {
-    request.success.iter().chain(&request.failure).all(|op| match &op.request {
-        Some(Request::RequestRange(_)) => true,
-        Some(Request::RequestTxn(nested)) => is_read_only(nested),
-        Some(Request::RequestPut(_) | Request::RequestDeleteRange(_)) | None => false,
-    })
-}
-
-/// Whether a read-only transaction is content with old data: each operation is a range that says so. As in etcd, a
-/// nested transaction never is, and one without operations always is.
+/// Whether a read-only transaction is content with old data: each of its ranges says so. As in etcd, one without
+/// ranges is.
 pub fn is_serializable(request: &pb::TxnRequest) -> bool {
-    request.success.iter().chain(&request.failure).all(|op| match &op.request {
-        Some(Request::RequestRange(range)) => range.serializable,
-        Some(Request::RequestTxn(_) | Request::RequestPut(_) | Request::RequestDeleteRange(_))
-        | None => false,
-    })
+    request
+        .success
+        .iter()
+        .chain(&request.failure)
+        .all(|op| matches!(&op.request, Some(Request::RequestRange(range)) if range.serializable))
 }
 
 /// Bytes a put may add to the store, as etcd estimates them for the quota.

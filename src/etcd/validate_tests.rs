@@ -207,12 +207,16 @@ fn size_counts_what_etcd_wraps_around_the_request() {
 }
 
 #[test]
-fn only_transactions_without_writes_are_reads() {
+fn one_linearizable_range_makes_the_transaction_linearizable() {
     let request = |success| pb::TxnRequest { success, ..Default::default() };
-    assert!(is_read_only(&request(vec![get_op("a"), txn_op(vec![get_op("b")], vec![])])));
-    assert!(!is_read_only(&request(vec![get_op("a"), put_op("b")])));
-    assert!(!is_read_only(&request(vec![txn_op(vec![], vec![delete_op("b", "")])])));
-    assert!(!is_serializable(&request(vec![get_op("a")])));
+    let old = op(Request::RequestRange(pb::RangeRequest {
+        key: bytes("a"),
+        serializable: true,
+        ..Default::default()
+    }));
+    assert!(is_serializable(&request(vec![])));
+    assert!(is_serializable(&request(vec![old.clone()])));
+    assert!(!is_serializable(&request(vec![old, get_op("a")])));
 }
 
 #[test]

@@ -19,7 +19,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
-use super::interest::{Interest, contains};
+use super::interest::Interest;
 use super::ring::Ring;
 use super::{Body, Create, Limits, Message, NO_WATCHER, Options, Part, Picks};
 use crate::mvcc::{KeyRange, RevisionEvents};
@@ -481,7 +481,7 @@ impl Core {
 fn matching(events: &Arc<RevisionEvents>, range: &KeyRange, options: Options) -> Option<Part> {
     let inside = (0_u32..)
         .zip(&events.events)
-        .filter(|(_, event)| event.kv.as_ref().is_some_and(|kv| contains(range, &kv.key)))
+        .filter(|(_, event)| event.kv.as_ref().is_some_and(|kv| range.contains(&kv.key)))
         .map(|(index, _)| index);
     part(events, options, inside)
 }

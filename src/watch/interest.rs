@@ -16,15 +16,6 @@ use bytes::Bytes;
 use super::core::WatcherKey;
 use crate::mvcc::KeyRange;
 
-/// Whether a range contains a key.
-pub(super) fn contains(range: &KeyRange, key: &[u8]) -> bool {
-    match range {
-        KeyRange::One(one) => one == key,
-        KeyRange::Span(start, end) => start <= key && key < end.as_ref(),
-        KeyRange::From(start) => start <= key,
-    }
-}
-
 /// Watchers by what they watch.
 #[derive(Debug, Default)]
 pub(super) struct Interest {
@@ -288,7 +279,7 @@ mod tests {
                 let key = dice.key();
                 let mut expected: Vec<WatcherKey> = plain
                     .iter()
-                    .filter(|(range, _)| contains(range, &key))
+                    .filter(|(range, _)| range.contains(&key))
                     .map(|(_, watcher)| *watcher)
                     .collect();
                 expected.sort_unstable();

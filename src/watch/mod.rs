@@ -115,11 +115,7 @@ impl Create {
     pub fn from_request(request: &pb::WatchCreateRequest) -> Self {
         let key =
             if request.key.is_empty() { Bytes::from_static(&[0]) } else { request.key.clone() };
-        let range = match request.range_end.as_ref() {
-            [] => KeyRange::One(key),
-            [0] => KeyRange::From(key),
-            _ => KeyRange::Span(key, request.range_end.clone()),
-        };
+        let range = KeyRange::new(key, request.range_end.clone());
         let filtered =
             |kind: pb::watch_create_request::FilterType| request.filters.contains(&i32::from(kind));
         Self {
