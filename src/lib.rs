@@ -11,18 +11,21 @@ pub mod metrics;
 
 pub mod command;
 pub mod config;
+pub mod lease;
 pub mod mvcc;
 pub mod pki;
 pub mod systemd;
+pub mod wal;
 
 pub mod critical;
-pub mod wal;
+pub mod watch;
 
 pub mod apply;
 
 pub mod raft;
 
 pub mod backup;
+pub mod etcd;
 pub mod join;
 
 pub mod observe;

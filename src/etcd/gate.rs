@@ -1,0 +1,132 @@
+//! Stands before every service: refuses what this node may not answer now, and words transport errors as etcd does.
+
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use http::HeaderMap;
+use tonic::metadata::MetadataMap;
+use tonic::{Code, Status};
+
+use super::api::Api;
+use super::error::EtcdError;
+use crate::raft::Role;
+
+/// Metadata by which a client says that it wants no answer from a member without a leader.
+const NEEDS_LEADER: &str = "hasleader";
+
+/// Elections without a leader before streams that need one are ended. Reconnecting is dear, so not at the first.
+const ELECTIONS_WITHOUT_LEADER: u32 = 3;
+
+/// Services that are etcd's own; health and reflection answer always.
+const SERVICES: [&str; 3] = ["/etcdserverpb.", "/v3lockpb.", "/v3electionpb."];
+
+/// What a learner answers. A range only if it is serializable, which is checked where it is read.
+const LEARNER_METHODS: [&str; 3] = [
+    "/etcdserverpb.Maintenance/Status",
+    "/etcdserverpb.Maintenance/Snapshot",
+    "/etcdserverpb.KV/Range",
+];
+
+/// Whether the client needs a leader.
+pub(super) fn needs_leader(metadata: &MetadataMap) -> bool {
+    metadata.get(NEEDS_LEADER).is_some_and(|value| value == "true")
+}
+
+/// The middleware.
+pub(super) async fn gate(State(api): State<Api>, request: Request, next: Next) -> Response {
+    if let Err(error) = admit(&api, request.uri().path(), request.headers()) {
+        return Status::from(error).into_http::<tonic::body::Body>().into_response();
+    }
+    let mut response = next.run(request).await;
+    word_as_etcd(response.headers_mut());
+    response
+}
+
+fn admit(api: &Api, path: &str, headers: &HeaderMap) -> Result<(), EtcdError> {
+    if !SERVICES.iter().any(|service| path.starts_with(service)) {
+        return Ok(());
+    }
+    let status = api.status();
+    if status.role == Role::Learner && !LEARNER_METHODS.contains(&path) {
+        return Err(EtcdError::NotSupportedForLearner);
+    }
+    let needs_leader = headers.get(NEEDS_LEADER).is_some_and(|value| value == "true");
+    if needs_leader && status.leader.is_none() {
+        return Err(EtcdError::NoLeader);
+    }
+    Ok(())
+}
+
+/// Completes when there has been no leader for three elections.
+pub(super) async fn leader_lost(api: &Api) {
+    let patience = api.settings().election_timeout * ELECTIONS_WITHOUT_LEADER;
+    let mut status = api.watch_status();
+    loop {
+        if status.wait_for(|status| status.leader.is_none()).await.is_err() {
+            return;
+        }
+        tokio::select! {
+            () = api.parts().env.clock.sleep(patience) => return,
+            found = status.wait_for(|status| status.leader.is_some()) => {
+                if found.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// grpc-go, and so etcd, answers a message above the limit with another code and text than our library.
+fn word_as_etcd(headers: &mut HeaderMap) {
+    let Some(status) = Status::from_header_map(headers) else { return };
+    if let Some(worded) = too_large(&status) {
+        let mut replaced = HeaderMap::new();
+        if worded.add_header(&mut replaced).is_ok() {
+            headers.extend(replaced);
+        }
+    }
+}
+
+/// The status for a message above the limit, if that is what this one says.
+pub(super) fn too_large(status: &Status) -> Option<Status> {
+    if status.code() != Code::OutOfRange {
+        return None;
+    }
+    let rest = status.message().strip_prefix("Error, decoded message length too large: found ")?;
+    let (found, rest) = rest.split_once(" bytes, the limit is: ")?;
+    let limit = rest.strip_suffix(" bytes")?;
+    let text = format!("grpc: received message larger than max ({found} vs. {limit})");
+    Some(Status::resource_exhausted(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn oversized_message_is_refused_in_grpc_gos_words() {
+        let ours = Status::out_of_range(
+            "Error, decoded message length too large: found 3000000 bytes, the limit is: 2097152 bytes",
+        );
+        let mut headers = HeaderMap::new();
+        ours.add_header(&mut headers).unwrap();
+        word_as_etcd(&mut headers);
+        let worded = Status::from_header_map(&headers).unwrap();
+        assert_eq!(worded.code(), Code::ResourceExhausted);
+        assert_eq!(
+            worded.message(),
+            "grpc: received message larger than max (3000000 vs. 2097152)"
+        );
+    }
+
+    #[test]
+    fn other_statuses_pass_unchanged() {
+        let compacted = Status::from(EtcdError::Compacted);
+        assert!(too_large(&compacted).is_none());
+        let mut headers = HeaderMap::new();
+        compacted.add_header(&mut headers).unwrap();
+        let before = headers.clone();
+        word_as_etcd(&mut headers);
+        assert_eq!(headers, before);
+    }
+}

@@ -1,0 +1,255 @@
+//! The Lease service.
+//!
+//! Grants and revocations are written to the log. Renewals and remaining times are the leader's business: this node
+//! answers them when it leads, after confirming that it still does, and otherwise asks the leader.
+
+use std::pin::Pin;
+use std::time::Instant;
+
+use futures_util::FutureExt as _;
+use futures_util::stream::{self, Stream};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::api::{Api, wrong_reply};
+use super::error::{EtcdError, store_failed};
+use super::{gate, validate};
+use crate::apply::Reply;
+use crate::command::{Command, lease_id_from};
+use crate::lease::RenewError;
+use crate::proto::etcdserverpb as pb;
+use crate::proto::etcdserverpb::lease_server::Lease;
+use crate::raft::Role;
+use crate::types::{LeaseId, NodeId};
+
+/// What etcd answers for the remaining time of a lease that is not there.
+const NO_SUCH_LEASE: i64 = -1;
+
+/// See the module documentation.
+#[derive(Debug)]
+pub(super) struct LeaseService(pub(super) Api);
+
+/// Who answers for leases now.
+enum Keeper {
+    Here,
+    There(NodeId),
+}
+
+impl Api {
+    pub(super) async fn grant(
+        &self,
+        mut request: pb::LeaseGrantRequest,
+        deadline: Instant,
+    ) -> Result<pb::LeaseGrantResponse, Status> {
+        self.check_quota(&request).await?;
+        if request.id == 0 {
+            request.id = lease_id_from(self.parts().env.entropy.next_u64()).get();
+        }
+        request.ttl = validate::ttl(request.ttl, self.settings().lease_ttl_min_secs)?;
+        match self.propose(Command::LeaseGrant(request), deadline).await? {
+            (Reply::LeaseGrant(mut response), revision) => {
+                response.header = self.header_at(revision);
+                Ok(response)
+            }
+            (other, _) => Err(wrong_reply(&other)),
+        }
+    }
+
+    async fn revoke(
+        &self,
+        request: pb::LeaseRevokeRequest,
+        deadline: Instant,
+    ) -> Result<pb::LeaseRevokeResponse, Status> {
+        match self.propose(Command::LeaseRevoke(request), deadline).await? {
+            (Reply::LeaseRevoke(mut response), revision) => {
+                response.header = self.header_at(revision);
+                Ok(response)
+            }
+            (other, _) => Err(wrong_reply(&other)),
+        }
+    }
+
+    fn keeper(&self) -> Result<Keeper, EtcdError> {
+        let status = self.status();
+        match (status.role, status.leader) {
+            (Role::Leader, _) => Ok(Keeper::Here),
+            (Role::Follower | Role::Candidate | Role::Learner, Some(leader)) => {
+                Ok(Keeper::There(leader))
+            }
+            (Role::Follower | Role::Candidate | Role::Learner, None) => Err(EtcdError::NoLeader),
+        }
+    }
+
+    /// One renewal. The header is made before it, so that a revocation at a later revision cannot seem to come first.
+    async fn keep_alive(
+        &self,
+        request: pb::LeaseKeepAliveRequest,
+    ) -> Result<pb::LeaseKeepAliveResponse, Status> {
+        let header = self.header_now()?;
+        let deadline = self.own_deadline();
+        let id = LeaseId::new(request.id);
+        let ttl = match self.keeper()? {
+            Keeper::Here => self.renew_here(id, deadline).await?,
+            Keeper::There(leader) => match &self.parts().leader_leases {
+                Some(leases) => leases.renew(leader, id, deadline).await?,
+                None => return Err(EtcdError::LeaderChanged.into()),
+            },
+        };
+        Ok(pb::LeaseKeepAliveResponse { header, id: request.id, ttl })
+    }
+
+    /// Renews a lease of this leader; 0 if there is none. Also what another member's keep-alive ends in.
+    pub async fn renew_here(&self, id: LeaseId, deadline: Instant) -> Result<i64, Status> {
+        // Without the barrier a deposed leader would keep promising time that its successor does not give.
+        self.barrier(deadline).await?;
+        let leases = &self.parts().leases;
+        loop {
+            let mut changes = leases.watch_changes();
+            match leases.renew(id) {
+                Ok(ttl) => return Ok(ttl),
+                Err(RenewError::NotFound) => return Ok(0),
+                Err(RenewError::NotLeader) => return Err(EtcdError::LeaderChanged.into()),
+                Err(RenewError::ClearCheckpoint) => {
+                    let checkpoint = pb::LeaseCheckpoint { id: id.get(), remaining_ttl: 0 };
+                    let request = pb::LeaseCheckpointRequest { checkpoints: vec![checkpoint] };
+                    self.propose(Command::LeaseCheckpoint(request), deadline).await?;
+                    if leases.renew(id) == Err(RenewError::ClearCheckpoint) {
+                        wait_for_change(self, &mut changes, deadline).await?;
+                    }
+                }
+                // Its revocation is under way: the answer is known when that is done.
+                Err(RenewError::Expired) => wait_for_change(self, &mut changes, deadline).await?,
+            }
+        }
+    }
+
+    /// Answers for a lease of this leader. Also what another member's question ends in.
+    pub async fn time_to_live_here(
+        &self,
+        request: &pb::LeaseTimeToLiveRequest,
+        deadline: Instant,
+    ) -> Result<pb::LeaseTimeToLiveResponse, Status> {
+        let freshness = self.barrier(deadline).await?;
+        let view = self.view(&freshness)?;
+        let id = LeaseId::new(request.id);
+        let header = self.header_at(view.revision());
+        let mut response =
+            pb::LeaseTimeToLiveResponse { header, id: request.id, ..Default::default() };
+        match self.parts().leases.lease(id) {
+            Some(lease) => {
+                response.ttl = lease.remaining_secs;
+                response.granted_ttl = lease.ttl_secs;
+                if request.keys {
+                    response.keys = self.scan(view, move |view| view.lease_keys(id)).await?;
+                }
+            }
+            None if self.parts().leases.leads() => response.ttl = NO_SUCH_LEASE,
+            None => return Err(EtcdError::LeaderChanged.into()),
+        }
+        Ok(response)
+    }
+
+    async fn time_to_live(
+        &self,
+        request: pb::LeaseTimeToLiveRequest,
+        deadline: Instant,
+    ) -> Result<pb::LeaseTimeToLiveResponse, Status> {
+        match (self.keeper()?, &self.parts().leader_leases) {
+            (Keeper::Here, _) => self.time_to_live_here(&request, deadline).await,
+            (Keeper::There(leader), Some(leases)) => {
+                let revision = self.revision()?;
+                let mut response = leases.time_to_live(leader, request, deadline).await?;
+                response.header = self.header_at(revision);
+                Ok(response)
+            }
+            (Keeper::There(_), None) => Err(EtcdError::LeaderChanged.into()),
+        }
+    }
+
+    fn leases(&self) -> Result<pb::LeaseLeasesResponse, Status> {
+        let view = self.view(&super::api::Freshness::Serializable)?;
+        let ids = if self.parts().leases.leads() {
+            self.parts().leases.leases()
+        } else {
+            let records = view.leases().map_err(|error| store_failed(&error))?;
+            records.into_iter().map(|record| record.id).collect()
+        };
+        let leases = ids.into_iter().map(|id| pb::LeaseStatus { id: id.get() }).collect();
+        Ok(pb::LeaseLeasesResponse { header: self.header_at(view.revision()), leases })
+    }
+}
+
+async fn wait_for_change(
+    api: &Api,
+    changes: &mut tokio::sync::watch::Receiver<()>,
+    deadline: Instant,
+) -> Result<(), Status> {
+    let left = deadline.saturating_duration_since(api.now());
+    tokio::select! {
+        changed = changes.changed() => changed.map_err(|_| EtcdError::Stopped.into()),
+        () = api.parts().env.clock.sleep(left) => Err(EtcdError::TimedOut.into()),
+    }
+}
+
+type KeepAlives = Pin<Box<dyn Stream<Item = Result<pb::LeaseKeepAliveResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Lease for LeaseService {
+    type LeaseKeepAliveStream = KeepAlives;
+
+    async fn lease_grant(
+        &self,
+        request: Request<pb::LeaseGrantRequest>,
+    ) -> Result<Response<pb::LeaseGrantResponse>, Status> {
+        let deadline = self.0.deadline(request.metadata());
+        Ok(Response::new(self.0.grant(request.into_inner(), deadline).await?))
+    }
+
+    async fn lease_revoke(
+        &self,
+        request: Request<pb::LeaseRevokeRequest>,
+    ) -> Result<Response<pb::LeaseRevokeResponse>, Status> {
+        let deadline = self.0.deadline(request.metadata());
+        Ok(Response::new(self.0.revoke(request.into_inner(), deadline).await?))
+    }
+
+    async fn lease_keep_alive(
+        &self,
+        request: Request<Streaming<pb::LeaseKeepAliveRequest>>,
+    ) -> Result<Response<KeepAlives>, Status> {
+        let api = self.0.clone();
+        let needs_leader = gate::needs_leader(request.metadata());
+        let requests = request.into_inner();
+        let lost = if needs_leader {
+            let api = api.clone();
+            async move { gate::leader_lost(&api).await }.boxed()
+        } else {
+            std::future::pending().boxed()
+        };
+        let answers =
+            stream::try_unfold((api, requests, lost), |(api, mut requests, mut lost)| async move {
+                let request = tokio::select! {
+                    request = requests.message() => request?,
+                    () = &mut lost => return Err(EtcdError::NoLeader.into()),
+                };
+                let Some(request) = request else { return Ok(None) };
+                let response = api.keep_alive(request).await?;
+                Ok(Some((response, (api, requests, lost))))
+            });
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn lease_time_to_live(
+        &self,
+        request: Request<pb::LeaseTimeToLiveRequest>,
+    ) -> Result<Response<pb::LeaseTimeToLiveResponse>, Status> {
+        let deadline = self.0.deadline(request.metadata());
+        Ok(Response::new(self.0.time_to_live(request.into_inner(), deadline).await?))
+    }
+
+    async fn lease_leases(
+        &self,
+        _request: Request<pb::LeaseLeasesRequest>,
+    ) -> Result<Response<pb::LeaseLeasesResponse>, Status> {
+        Ok(Response::new(self.0.leases()?))
+    }
+}
