@@ -77,6 +77,10 @@ pub(super) fn class(bytes: &[u8]) -> Class {
     }
 }
 
+pub(super) fn message_of(bytes: &Bytes) -> Bytes {
+    bytes.slice(HEADER_BYTES.min(bytes.len())..)
+}
+
 pub(super) fn decode(bytes: &Bytes) -> Result<Command, DecodeError> {
     if bytes.len() < HEADER_BYTES {
         return Err(DecodeError::Short(bytes.len()));

@@ -63,6 +63,11 @@ impl Encoded {
         &self.0
     }
 
+    /// The request alone, as a protobuf message of etcd's API.
+    pub fn message(&self) -> Bytes {
+        format::message_of(&self.0)
+    }
+
     /// The class, readable without decoding.
     pub fn class(&self) -> Class {
         format::class(&self.0)

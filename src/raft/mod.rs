@@ -7,6 +7,7 @@
 //!
 //! - [`Node`]: the handle. [`node`] puts openraft, the log and the store together.
 //! - `log_store`, `state_machine`, `network`: what openraft asks of us, each a thin translation.
+//! - [`change`]: who is a member.
 //! - [`checkpoint`]: when the store is made durable and the log may forget.
 //!
 //! # Invariants
@@ -15,7 +16,9 @@
 //! - A proposal that may have entered the log is never offered again.
 //! - The log is purged only up to a checkpoint that is durable.
 
+pub mod change;
 pub mod checkpoint;
+pub mod inspect;
 pub mod node;
 
 mod log_store;
@@ -34,10 +37,11 @@ use crate::apply::LeaseChange;
 use crate::mvcc::RevisionEvents;
 use crate::types::{ClusterId, LogId, LogIndex, NodeId, Revision, Term};
 
+pub use change::ChangeError;
 pub use node::{Node, Options, Parts, StartError, StopError};
 
-/// Why a proposal has no outcome. None of these says that the command was not applied, except
-/// `TooManyRequests`, `TooLarge` and `Learner`, which are answered before it enters the log.
+/// Why a proposal has no outcome. Only `NoLeader` and `TooManyRequests` say that the command was not applied: they
+/// are answered before it enters the log.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum ProposeError {
     /// The client's deadline passed; the command may or may not be applied later.

@@ -285,6 +285,10 @@ impl Node {
         &self.shared.store
     }
 
+    pub(super) fn raft(&self) -> &Raft {
+        &self.shared.raft
+    }
+
     /// The log.
     pub fn wal(&self) -> &Wal {
         &self.shared.wal

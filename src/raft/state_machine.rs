@@ -131,7 +131,7 @@ impl Done {
 }
 
 /// Reads the membership that the store remembers.
-fn stored_membership(view: &ReadTxn) -> io::Result<StoredMembership> {
+pub(super) fn stored_membership(view: &ReadTxn) -> io::Result<StoredMembership> {
     let Some(bytes) = view.membership().map_err(io::Error::other)? else {
         return Ok(StoredMembership::default());
     };

@@ -1,3 +1,30 @@
-//! Assembles a node out of its parts.
+//! The daemon put together: every part is made, connected, run and stopped here, and nowhere else.
+//!
+//! # Shape
+//!
+//! [`run`] goes through the phases in order: open the data directory, start Raft, serve, become ready, wait, stop. What a
+//! phase makes is handed to the next by value, so nothing can be used before it exists.
+//!
+//! # Invariants
+//!
+//! - There is one way out: [`Shutdown`]. A signal, a failed log, a failed store and a failed listener all take it.
+//! - Stopping goes from the outside in: no new connections, calls under way finish, the state is made durable, the log
+//!   is closed.
+//!
+//! # Not here
+//!
+//! Decisions. Each belongs to the module that is assembled.
 
 pub mod listen;
+
+mod backup;
+mod data_dir;
+mod follow;
+mod health;
+mod membership;
+mod run;
+mod supervise;
+mod wal_tools;
+
+pub use run::{RunError, run};
+pub use wal_tools::{dump, verify};

@@ -712,6 +712,11 @@ pub fn install(env: &Env, from: &Path, to: &Path) -> io::Result<()> {
     env.disk.sync_dir(parent(to))
 }
 
+/// The files that make up a database: its own and its table's.
+pub fn files(path: &Path) -> Vec<PathBuf> {
+    table_paths(path).into_iter().chain([path.to_path_buf()]).collect()
+}
+
 /// Removes a database and its table.
 pub fn remove(env: &Env, path: &Path) -> io::Result<()> {
     for path in table_paths(path).iter().map(PathBuf::as_path).chain([path]) {

@@ -1,0 +1,100 @@
+//! `etcdctl snapshot save`: the store at one moment, laid out as etcd's database file.
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+
+use prost::Message;
+
+use crate::backup::bolt::WriteError;
+use crate::backup::etcd_file::{EtcdFile, RevisionRow, Revisions};
+use crate::etcd::{self, Backup, BackupSource};
+use crate::mvcc::{ReadTxn, StoreError};
+use crate::proto::mvccpb::event::EventType;
+use crate::raft::{Member, Node};
+use crate::types::{LogId, Revision};
+
+/// History read from the store at a time.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// One moment of the store, and what etcd's file wants to know besides.
+struct Moment {
+    view: ReadTxn,
+    applied: LogId,
+    members: Vec<Member>,
+}
+
+impl Revisions for ReadTxn {
+    fn walk(
+        &self,
+        visit: &mut dyn FnMut(RevisionRow<'_>) -> Result<(), WriteError>,
+    ) -> Result<(), WriteError> {
+        let mut from = Revision::new(0);
+        while from <= self.revision() {
+            let (chunk, looked_at) = self.events(from, None, CHUNK_BYTES).map_err(io_error)?;
+            for revision in chunk {
+                for (event, sub) in revision.events.iter().zip(0_i64..) {
+                    let key_value = event.kv.as_ref().map(Message::encode_to_vec).unwrap_or_default();
+                    visit(RevisionRow {
+                        main: revision.revision,
+                        sub,
+                        tombstone: event.r#type() == EventType::Delete,
+                        key_value: &key_value,
+                    })?;
+                }
+            }
+            from = looked_at.next();
+        }
+        Ok(())
+    }
+}
+
+fn io_error(error: StoreError) -> WriteError {
+    WriteError::Io(io::Error::other(error))
+}
+
+impl Moment {
+    fn of(node: &Node) -> Result<Self, StoreError> {
+        let view = node.store().read()?;
+        let applied = view.applied().unwrap_or_default();
+        Ok(Self { view, applied, members: node.status().members })
+    }
+
+    fn with_file<T>(
+        &self,
+        act: impl FnOnce(&EtcdFile<'_>) -> Result<T, WriteError>,
+    ) -> Result<T, WriteError> {
+        let leases = self.view.leases().map_err(io_error)?;
+        let alarms = self.view.alarms().map_err(io_error)?;
+        act(&EtcdFile {
+            revisions: &self.view,
+            compacted: self.view.compacted(),
+            applied: self.applied.index,
+            term: self.applied.term,
+            leases: &leases,
+            alarms: &alarms,
+            members: &self.members,
+            version: etcd::CLUSTER_VERSION,
+        })
+    }
+
+    /// Measures, then streams from a thread of its own: the file is never in memory or on this node's card.
+    fn stream(self) -> io::Result<Backup> {
+        let plan = self.with_file(EtcdFile::plan).map_err(io::Error::other)?;
+        let bytes = plan.bytes();
+        let (reader, mut writer) = io::pipe()?;
+        thread::Builder::new().name("backup".to_owned()).spawn(move || {
+            let written = self.with_file(|file| file.write(&plan, &mut writer));
+            if let Err(error) = written {
+                // The reader sees a short stream and says so to the client, who may simply have gone.
+                tracing::debug!(%error, "backup ended early");
+            }
+        })?;
+        Ok(Backup { bytes, reader: Box::new(reader) })
+    }
+}
+
+/// Backups of this node's store.
+pub(super) fn source(node: Node) -> BackupSource {
+    Arc::new(move || Moment::of(&node).map_err(io::Error::other)?.stream())
+}

@@ -1,0 +1,156 @@
+//! Opens what a node keeps on disk, in the one order in which a crash in between does no harm.
+//!
+//! ```text
+//! <db-dir>/lock         held while a node runs
+//!          node.json    who this node is; written first, at founding
+//!          tls/         certificates and keys
+//!          state.redb   the state machine at its last checkpoint, with its checksum tables
+//!          wal/         the log since then
+//! ```
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::env::Env;
+use crate::join::{Identity, IdentityError};
+use crate::limits;
+use crate::mvcc::{self, DrainOn, Store, StoreError};
+use crate::wal::{self, Recovery, Wal};
+
+/// Why a data directory cannot be used.
+#[derive(Debug, Error)]
+pub enum DataDirError {
+    /// It cannot be made or entered.
+    #[error("cannot use the data directory {path}: {source}")]
+    Directory {
+        /// The directory.
+        path: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Another process runs on it.
+    #[error("the data directory {path} is in use by another process")]
+    InUse {
+        /// The directory.
+        path: String,
+    },
+    /// Who this node is cannot be told.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The state cannot be opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The log cannot be opened.
+    #[error(transparent)]
+    Wal(#[from] wal::OpenError),
+    /// Files of a node are there, but not the one that says whose they are.
+    #[error("{path} holds {found} but no node.json, which says whose it is")]
+    Orphan {
+        /// The directory.
+        path: String,
+        /// What was found.
+        found: &'static str,
+    },
+}
+
+impl DataDirError {
+    /// What the operator can do.
+    pub fn remedy(&self) -> String {
+        match self {
+            Self::Directory { path, .. } => format!(
+                "make {path} writable for the user that runs k3s-server, or set `db-dir` to a directory that is"
+            ),
+            Self::InUse { .. } => {
+                "stop the other process (`systemctl status k3s-server`), or set another `db-dir`".to_owned()
+            }
+            Self::Identity(_) | Self::Orphan { .. } => {
+                "restore node.json from a backup of this node; without one, move the directory away and start as a new node"
+                    .to_owned()
+            }
+            Self::Store(_) => {
+                "with other servers running, remove this node from the cluster and join it again; alone, restore a backup"
+                    .to_owned()
+            }
+            Self::Wal(_) => {
+                "nothing was changed; `k3s-server wal verify` shows the damage; with other servers running, remove this node and join it again"
+                    .to_owned()
+            }
+        }
+    }
+}
+
+/// An open data directory.
+pub struct DataDir {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Who this node is.
+    pub identity: Identity,
+    /// Whether this start made the directory's contents.
+    pub created: bool,
+    /// The state machine's store.
+    pub store: Store,
+    /// The log.
+    pub wal: Wal,
+    /// What opening the log found.
+    pub recovery: Recovery,
+    /// Released when everything above is closed.
+    _lock: Box<dyn Send + Sync>,
+}
+
+/// The state machine's file inside a data directory.
+pub const STATE_FILE: &str = "state.redb";
+
+/// The log's directory inside a data directory.
+pub fn wal_dir(path: &Path) -> PathBuf {
+    path.join("wal")
+}
+
+impl DataDir {
+    /// Opens the directory, or makes it. Repeating it after a crash at any point finishes the job.
+    pub async fn open(env: &Env, path: &Path, linger: std::time::Duration) -> Result<Self, DataDirError> {
+        let lock = lock(env, path)?;
+        let (identity, created) = identity(env, path).await?;
+        let options =
+            mvcc::Options { cache_bytes: limits::STATE_CACHE_BYTES, drain: DrainOn::Thread };
+        let store = Store::open(env, &path.join(STATE_FILE), &options)?;
+        let owner = wal::Identity { cluster: identity.cluster, node: identity.node };
+        let options = wal::Options { linger, ..wal::Options::default() };
+        let (wal, recovery, writer) = Wal::open(env, &wal_dir(path), owner, options).await?;
+        writer.spawn_thread().map_err(|source| directory_error(path, source))?;
+        let path = path.to_owned();
+        Ok(Self { path, identity, created, store, wal, recovery, _lock: lock })
+    }
+}
+
+fn directory_error(path: &Path, source: io::Error) -> DataDirError {
+    DataDirError::Directory { path: path.display().to_string(), source }
+}
+
+fn lock(env: &Env, path: &Path) -> Result<Box<dyn Send + Sync>, DataDirError> {
+    env.disk.create_dir_all(path).map_err(|source| directory_error(path, source))?;
+    env.disk.lock(&path.join("lock")).map_err(|source| {
+        if source.kind() == io::ErrorKind::WouldBlock {
+            DataDirError::InUse { path: path.display().to_string() }
+        } else {
+            directory_error(path, source)
+        }
+    })
+}
+
+/// Who this node is; a new one if the directory is new. The second value says which.
+async fn identity(env: &Env, path: &Path) -> Result<(Identity, bool), DataDirError> {
+    if let Some(identity) = Identity::load(env, path)? {
+        return Ok((identity, false));
+    }
+    for found in [STATE_FILE, "wal"] {
+        let exists = env.disk.exists(&path.join(found));
+        if exists.map_err(|source| directory_error(path, source))? {
+            return Err(DataDirError::Orphan { path: path.display().to_string(), found });
+        }
+    }
+    let identity = Identity::random(env);
+    identity.store(env, path).await?;
+    Ok((identity, true))
+}

@@ -1,0 +1,404 @@
+//! The phases of a server's life, in order.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
+
+use super::data_dir::{DataDir, DataDirError};
+use super::follow::{LeaseClocks, Watchers};
+use super::health::NodeHealth;
+use super::listen::{Caps, ListenError, Listeners, Security};
+use super::membership::NodeMembership;
+use super::{backup, supervise};
+use crate::announce;
+use crate::config::{Config, Quota, Severity};
+use crate::env::{Env, host};
+use crate::etcd::{self, Api, Leases, ServeError, Settings};
+use crate::limits;
+use crate::metrics::{Metrics, Versions};
+use crate::observe::http::{self, Version};
+use crate::observe::{EventId, fields, grpc};
+use crate::pki::{Names, NamesError, Owner, Pki, PkiError, Port, Role as CertificateRole};
+use crate::raft::checkpoint::Policy;
+use crate::raft::{self, Member, Node, Parts, StartError, StopError};
+use crate::mvcc::StoreError;
+use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
+use crate::types::ByteCount;
+use crate::watch::{Hub, Limits as WatchLimits};
+
+/// K3s' timing for embedded etcd, which tolerates what cards do.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+const ELECTION_MIN: Duration = Duration::from_secs(2);
+
+/// How long calls under way may take when the server stops.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why the server did not run, or did not end well.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// The data directory cannot be used.
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    /// Raft did not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The store could not be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Certificates.
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    /// A name for the certificate cannot be used.
+    #[error("tls-san: {0}")]
+    Names(#[from] NamesError),
+    /// An address cannot be listened on.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The services could not be put together.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// The process could not be set up.
+    #[error("process: {0}")]
+    Process(#[from] io::Error),
+    /// It ran, and a part of it failed.
+    #[error("{0}")]
+    Failed(String),
+    /// It ran, and did not stop cleanly.
+    #[error(transparent)]
+    Stop(#[from] StopError),
+}
+
+impl RunError {
+    /// What the operator can do, where there is something.
+    pub fn remedy(&self) -> Option<String> {
+        match self {
+            Self::DataDir(error) => Some(error.remedy()),
+            Self::Pki(error) => Some(error.remedy().to_owned()),
+            Self::Listen(error) => Some(error.remedy()),
+            Self::Start(_)
+            | Self::Store(_)
+            | Self::Names(_)
+            | Self::Serve(_)
+            | Self::Process(_)
+            | Self::Failed(_)
+            | Self::Stop(_) => None,
+        }
+    }
+}
+
+/// Runs a server until it is told to stop or cannot go on.
+pub fn run(config: &Config) -> Result<(), RunError> {
+    // Two to four slow cores: more threads would only take turns. Blocking work has its own.
+    let workers = std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
+        .max_blocking_threads(16)
+        .thread_name("k3s-server")
+        .enable_all()
+        .build()?;
+    runtime.block_on(serve(config, host::env()))
+}
+
+/// A server that runs, and what is needed to stop it.
+struct Running {
+    node: Node,
+    shutdown: Shutdown,
+    stop_serving: watch::Sender<bool>,
+    serving: JoinSet<Result<(), RunError>>,
+    background: Vec<JoinHandle<()>>,
+    store: crate::mvcc::Store,
+    _lock: DataDirLock,
+}
+
+/// Keeps the data directory locked until everything is closed.
+struct DataDirLock(#[allow(dead_code, reason = "held, not used")] Box<dyn Send + Sync>);
+
+async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
+    let shutdown = Shutdown::new();
+    let signals = shutdown.on_signals()?;
+    let notifier = Notifier::from_environment()?;
+    announce!(
+        EventId::Starting,
+        { fields::NODE } = config.node_name.as_str(),
+        "k3s-server {} starting, datastore in {}",
+        env!("CARGO_PKG_VERSION"),
+        config.db_dir.display()
+    );
+    let mut running = start(config, &env, &notifier, shutdown).await?;
+    running.background.push(signals);
+    let reason = wait(&mut running).await;
+    notifier.stopping();
+    announce!(EventId::Stopping, "stopping: {reason}");
+    let stopped = stop(running).await;
+    match reason {
+        StopReason::Failed(what) => {
+            announce!(EventId::Failed, "stopped because a part failed: {what}");
+            Err(RunError::Failed(what))
+        }
+        StopReason::Signal(_) | StopReason::Requested(_) => {
+            stopped?;
+            announce!(EventId::Stopped, "stopped; everything is on the card");
+            Ok(())
+        }
+    }
+}
+
+async fn start(
+    config: &Config,
+    env: &Env,
+    notifier: &Notifier,
+    shutdown: Shutdown,
+) -> Result<Running, RunError> {
+    let (readiness, [raft_latch, api_latch, health_latch]) =
+        Readiness::new(notifier.clone(), ["raft", "etcd API", "health"]);
+    let metrics = metrics(env);
+    let settings = settings(config);
+    // The ports first: a port in use is a mistake to report before anything is touched.
+    let security = config.insecure_http.then_some(Security::PlainLoopback);
+    let observers = bind_observers(config).await?;
+
+    let dir = DataDir::open(env, &config.db_dir, config.wal_linger).await?;
+    supervise::announce_opened(&dir);
+    let pki = establish_pki(config, env, &dir).await?;
+    let security = match security {
+        Some(plain) => plain,
+        None => Security::Tls(pki.accept(Port::Clients)?),
+    };
+    let addresses = config.client_listen.addresses(&config.node_ips);
+    let clients = Listeners::bind(&addresses, security, "the etcd API").await?;
+
+    let mut member = member(config, &dir, &clients.addresses()?);
+    member.peer_urls = peer_urls(config);
+    let view = dir.store.read()?;
+    let hub = Hub::new(view.revision(), WatchLimits::default());
+    drop(view);
+    let leases = Arc::new(Leases::new(Arc::clone(&env.clock), &dir.store)?);
+    let node = start_node(config, env, &dir, &member, &hub, &leases).await?;
+    raft_latch.set();
+
+    let (stop_serving, stopping) = watch::channel(false);
+    let mut serving = JoinSet::new();
+    let api = Api::new(etcd::Parts {
+        node: node.clone(),
+        hub: hub.clone(),
+        leases: Arc::clone(&leases),
+        env: env.clone(),
+        membership: Arc::new(NodeMembership(node.clone())),
+        leader_leases: None,
+        backup: backup::source(node.clone()),
+        defragment: supervise::defragment(node.clone()),
+        settings,
+    });
+    let incoming = clients.accept(Caps::CLIENTS, metrics.connections.clone());
+    let counted = grpc::CountCalls::new(&metrics);
+    let stop = stopped(stopping.clone());
+    serving.spawn(async move { Ok(etcd::serve(api, counted, incoming, stop).await?) });
+    api_latch.set();
+
+    let health = NodeHealth { node: node.clone(), timeout: settings.request_timeout() };
+    let router = http::router(Arc::new(health), metrics.clone(), versions().1);
+    let incoming = observers.accept(Caps::OBSERVERS, metrics.connections.clone());
+    let stop = stopped(stopping.clone());
+    serving.spawn(async move {
+        http::serve(incoming, router, stop).await;
+        Ok(())
+    });
+    health_latch.set();
+
+    let mut background = vec![
+        tokio::spawn(Arc::clone(&leases).run(node.clone(), settings, stopped(stopping))),
+        tokio::spawn(supervise::report_status(node.clone(), notifier.clone())),
+        tokio::spawn(supervise::collect(node.clone(), hub, leases, metrics)),
+        tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
+        tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
+    ];
+    if let Some(watchdog) = Watchdog::from_environment() {
+        let pulse = Pulse::new(Arc::clone(&env.clock));
+        background.push(tokio::spawn(supervise::pulse(node.clone(), pulse.clone())));
+        background.push(tokio::spawn(watchdog.feed(notifier.clone(), pulse, shutdown.clone())));
+    }
+    background.push(tokio::spawn(supervise::announce_ready(
+        readiness,
+        notifier.clone(),
+        node.clone(),
+        addresses_text(&member.client_urls),
+    )));
+    let store = dir.store.clone();
+    let _lock = DataDirLock(dir.into_lock());
+    Ok(Running { node, shutdown, stop_serving, serving, background, store, _lock })
+}
+
+fn addresses_text(urls: &[String]) -> String {
+    urls.join(", ")
+}
+
+/// Completes when the node is to stop serving.
+async fn stopped(mut stopping: watch::Receiver<bool>) {
+    // A sender that is gone means the same.
+    drop(stopping.wait_for(|stop| *stop).await);
+}
+
+/// Waits until something asks to stop. A service that ends by itself is a failure.
+async fn wait(running: &mut Running) -> StopReason {
+    tokio::select! {
+        reason = running.shutdown.begun() => reason,
+        ended = running.serving.join_next() => {
+            let what = match ended {
+                Some(Ok(Ok(()))) | None => "a service ended by itself".to_owned(),
+                Some(Ok(Err(error))) => error.to_string(),
+                Some(Err(error)) => error.to_string(),
+            };
+            let reason = StopReason::Failed(what);
+            running.shutdown.begin(reason.clone());
+            reason
+        }
+    }
+}
+
+/// From the outside in: no new calls, then Raft, then the store and the log.
+async fn stop(mut running: Running) -> Result<(), RunError> {
+    running.stop_serving.send_replace(true);
+    let drained = async { while running.serving.join_next().await.is_some() {} };
+    if tokio::time::timeout(DRAIN_TIMEOUT, drained).await.is_err() {
+        // Watches never end by themselves; the client connects elsewhere.
+        running.serving.abort_all();
+    }
+    for task in &running.background {
+        task.abort();
+    }
+    running.node.stop().await?;
+    drop(running.node);
+    running.store.close().await?;
+    Ok(())
+}
+
+fn versions() -> (Versions, Version) {
+    let metrics = Versions {
+        server: etcd::VERSION,
+        cluster: "3.6",
+        daemon: env!("CARGO_PKG_VERSION"),
+    };
+    let http = Version {
+        server: etcd::VERSION,
+        cluster: etcd::CLUSTER_VERSION,
+        storage: etcd::CLUSTER_VERSION,
+    };
+    (metrics, http)
+}
+
+fn metrics(env: &Env) -> Metrics {
+    Metrics::new(versions().0, env.clock.wall())
+}
+
+fn settings(config: &Config) -> Settings {
+    let etcd = &config.etcd;
+    let election = etcd.election_timeout.unwrap_or(ELECTION_MIN);
+    Settings {
+        request_bytes_max: usize::try_from(etcd.max_request_bytes).unwrap_or(usize::MAX),
+        txn_ops_max: etcd.max_txn_ops,
+        concurrent_streams_max: etcd.max_concurrent_streams,
+        progress_interval: etcd.watch_progress_notify_interval,
+        quota_bytes: match etcd.quota {
+            Quota::Bytes(bytes) => Some(bytes),
+            Quota::Unlimited => None,
+        },
+        election_timeout: election,
+        ..Settings::default()
+    }
+}
+
+async fn bind_observers(config: &Config) -> Result<Listeners, RunError> {
+    let addresses = config.metrics_listen.addresses(&config.node_ips);
+    Ok(Listeners::bind(&addresses, Security::PlainReadOnly, "metrics and health").await?)
+}
+
+fn names(config: &Config) -> Result<Names, RunError> {
+    let mut names = Names::loopback();
+    names.add(&config.node_name)?;
+    for address in config.node_ips.iter().chain(&config.node_external_ips) {
+        names.add_address(*address)?;
+    }
+    for name in &config.tls_sans {
+        names.add(name)?;
+    }
+    Ok(names)
+}
+
+async fn establish_pki(config: &Config, env: &Env, dir: &DataDir) -> Result<Pki, RunError> {
+    let owner = Owner { cluster: dir.identity.cluster, node: dir.identity.node };
+    let (pki, issued) =
+        Pki::establish(env, &dir.path.join("tls"), owner, &names(config)?).await?;
+    for one in issued {
+        supervise::announce_issued(&one);
+    }
+    let client = pki.paths(CertificateRole::Client);
+    tracing::info!(
+        "clients: etcdctl --cacert {} --cert {} --key {}",
+        client.authority.display(),
+        client.certificate.display(),
+        client.key.display()
+    );
+    Ok(pki)
+}
+
+fn member(config: &Config, dir: &DataDir, addresses: &[SocketAddr]) -> Member {
+    let scheme = if config.insecure_http { "http" } else { "https" };
+    Member {
+        id: dir.identity.node,
+        name: config.node_name.clone(),
+        client_urls: addresses.iter().map(|address| format!("{scheme}://{address}")).collect(),
+        ..Member::default()
+    }
+}
+
+fn peer_urls(config: &Config) -> Vec<String> {
+    let addresses = config.peer_listen.addresses(&config.node_ips);
+    addresses.iter().map(|address| format!("https://{address}")).collect()
+}
+
+async fn start_node(
+    config: &Config,
+    env: &Env,
+    dir: &DataDir,
+    member: &Member,
+    hub: &Hub,
+    leases: &Arc<Leases>,
+) -> Result<Node, RunError> {
+    let parts = Parts {
+        env: env.clone(),
+        cluster: dir.identity.cluster,
+        member: member.clone(),
+        wal: dir.wal.clone(),
+        store: dir.store.clone(),
+        followers: vec![
+            Arc::new(Watchers(hub.clone())),
+            Arc::new(LeaseClocks { leases: Arc::clone(leases), store: dir.store.clone() }),
+        ],
+    };
+    let election_min = config.etcd.election_timeout.unwrap_or(ELECTION_MIN);
+    let options = raft::Options {
+        heartbeat: config.etcd.heartbeat_interval.unwrap_or(HEARTBEAT),
+        election_min,
+        election_max: election_min * 2,
+        checkpoint: Policy {
+            interval: limits::CHECKPOINT_INTERVAL,
+            log_bytes: ByteCount::new(limits::CHECKPOINT_LOG_BYTES),
+        },
+    };
+    let node = Node::start(parts, &options).await?;
+    node.found(member).await?;
+    node.elect_if_alone().await?;
+    Ok(node)
+}
+
+/// Says what was wrong with the configuration without being an error.
+pub(super) fn announce_warnings(problems: &crate::config::Problems) {
+    for problem in problems.iter().filter(|problem| problem.severity == Severity::Warning) {
+        announce!(EventId::ConfigurationWarning, "{problem}");
+    }
+}

@@ -1,0 +1,225 @@
+//! The small tasks around a running node: what it says to systemd and the journal, and what stops it.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::data_dir::DataDir;
+use crate::announce;
+use crate::etcd::{Defragment, Leases};
+use crate::metrics::Metrics;
+use crate::observe::{EventId, fields};
+use crate::pki::{Issued, Names, Pki};
+use crate::raft::{Node, Role, Status};
+use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason};
+use crate::watch::Hub;
+
+/// How often gauges are brought up to date and the log is looked at.
+const TICK: Duration = Duration::from_secs(1);
+
+/// A barrier that takes longer is worth a line.
+const SLOW_BARRIER: Duration = Duration::from_secs(3);
+
+/// A card that has not answered for so long will not: the node exits, and systemd starts it again.
+const HUNG_BARRIER: Duration = Duration::from_secs(20);
+
+/// Tells what opening the data directory found.
+pub(super) fn announce_opened(dir: &DataDir) {
+    let (cluster, node) = (dir.identity.cluster, dir.identity.node);
+    if dir.created {
+        announce!(
+            EventId::DatastoreCreated,
+            { fields::CLUSTER } = %cluster,
+            "new datastore for cluster {cluster}, this is node {node}"
+        );
+    } else {
+        announce!(
+            EventId::DatastoreFound,
+            { fields::CLUSTER } = %cluster,
+            "found the datastore of cluster {cluster}, this is node {node}"
+        );
+    }
+    if let Some(cut) = &dir.recovery.cut {
+        announce!(
+            EventId::TornTailCut,
+            "the last write before a crash was torn ({} at {}); nothing acknowledged was in it",
+            cut.path.display(),
+            cut.offset
+        );
+    }
+}
+
+/// Tells of a certificate.
+pub(super) fn announce_issued(issued: &Issued) {
+    announce!(
+        EventId::CertificateRenewed,
+        "issued {}: {}",
+        issued.path.display(),
+        issued.reason
+    );
+}
+
+/// Renews certificates before they end.
+pub(super) async fn keep_certificates(pki: Pki, names: Names) {
+    let (_sender, names) = watch::channel(names);
+    pki.keep_fresh(names, |renewed| match renewed {
+        Ok(issued) => announce_issued(&issued),
+        Err(error) => announce!(EventId::CertificateProblem, "{error}"),
+    })
+    .await;
+}
+
+/// READY=1 once every part has reported in and there is a leader.
+pub(super) async fn announce_ready(
+    readiness: Readiness,
+    notifier: Notifier,
+    node: Node,
+    addresses: String,
+) {
+    readiness.ready().await;
+    let mut status = node.watch_status();
+    if status.wait_for(|status| status.leader.is_some()).await.is_err() {
+        return;
+    }
+    notifier.ready();
+    announce!(EventId::Ready, "ready, serving etcd clients on {addresses}");
+}
+
+/// `systemctl status`: who this node is at the moment.
+fn sentence(status: &Status) -> String {
+    let voters = status.members.iter().filter(|member| !member.learner).count();
+    let role = match status.role {
+        Role::Leader => "leader",
+        Role::Follower => "follower",
+        Role::Candidate => "looking for a leader",
+        Role::Learner => "learner",
+    };
+    let servers = if voters == 1 { "server" } else { "servers" };
+    format!("{role} of {voters} {servers}, term {}", status.term)
+}
+
+/// Keeps STATUS= and the journal up with leadership.
+pub(super) async fn report_status(node: Node, notifier: Notifier) {
+    let mut status = node.watch_status();
+    let mut said: Option<Status> = None;
+    loop {
+        let now = status.borrow_and_update().clone();
+        let before = said.as_ref();
+        if before.is_none_or(|before| sentence(before) != sentence(&now)) {
+            notifier.status(&sentence(&now));
+        }
+        if before.map(|before| before.leader) != Some(now.leader) {
+            announce_leader(&now, before.is_some());
+        }
+        said = Some(now);
+        if status.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+fn announce_leader(status: &Status, had_one: bool) {
+    match status.leader {
+        Some(leader) => {
+            let name = status.members.iter().find(|member| member.id == leader);
+            let name = name.map_or_else(|| leader.to_string(), |member| member.name.clone());
+            announce!(
+                EventId::LeaderChanged,
+                { fields::TERM } = status.term.get(),
+                "leader is {name}, term {}",
+                status.term
+            );
+        }
+        None if had_one => announce!(EventId::LeaderLost, "no leader; writes wait"),
+        None => {}
+    }
+}
+
+/// Ends the process when the node cannot go on.
+pub(super) async fn watch_failures(node: Node, shutdown: Shutdown) {
+    let mut raft = node.failure();
+    let store = node.store().failed();
+    tokio::pin!(store);
+    let mut slow = false;
+    loop {
+        tokio::select! {
+            failed = raft.wait_for(Option::is_some) => {
+                let reason = failed.ok().and_then(|reason| reason.clone());
+                let reason = match node.wal().failed() {
+                    Some(failed) => {
+                        announce!(EventId::BarrierFailed, "{failed}");
+                        failed.to_string()
+                    }
+                    None => reason.unwrap_or_else(|| "raft stopped".to_owned()),
+                };
+                shutdown.begin(StopReason::Failed(reason));
+                return;
+            }
+            failure = &mut store => {
+                announce!(EventId::StateDamaged, "{failure}");
+                shutdown.begin(StopReason::Failed(failure.to_string()));
+                return;
+            }
+            () = node.env().clock.sleep(TICK) => {
+                let stalled = node.wal().stats().stalled_for.unwrap_or_default();
+                if HUNG_BARRIER <= stalled {
+                    let seconds = stalled.as_secs();
+                    let reason = format!("the card has not answered a write barrier for {seconds} s");
+                    announce!(EventId::BarrierFailed, "{reason}");
+                    shutdown.begin(StopReason::Failed(reason));
+                    return;
+                }
+                if SLOW_BARRIER <= stalled && !slow {
+                    let seconds = stalled.as_secs();
+                    announce!(EventId::SlowBarrier, "a write barrier has been waiting for {seconds} s");
+                }
+                slow = SLOW_BARRIER <= stalled;
+            }
+        }
+    }
+}
+
+/// Ticks while Raft answers: what the watchdog watches.
+pub(super) async fn pulse(node: Node, pulse: Pulse) {
+    loop {
+        if node.is_alive().await {
+            pulse.tick();
+        }
+        node.env().clock.sleep(TICK).await;
+    }
+}
+
+/// Brings gauges up to date.
+pub(super) async fn collect(node: Node, hub: Hub, leases: Arc<Leases>, metrics: Metrics) {
+    let mut barriers = super::follow::BarrierCounts::default();
+    loop {
+        let status = node.status();
+        metrics.raft.has_leader.set(i64::from(status.leader.is_some()));
+        metrics.raft.is_leader.set(i64::from(status.role == Role::Leader));
+        metrics.raft.is_learner.set(i64::from(status.role == Role::Learner));
+        metrics.raft.progress(status.committed.get(), status.applied.get());
+        barriers.pass_on(&node.wal().stats(), &metrics.wal);
+        if let Ok(size) = node.store().size() {
+            metrics.mvcc.total_bytes.set(gauge(size.total));
+            metrics.mvcc.in_use_bytes.set(gauge(size.in_use));
+        }
+        let watch = hub.statistics();
+        metrics.watch.watchers.set(gauge(watch.watchers));
+        metrics.lease.alive.set(gauge(leases.count()));
+        node.env().clock.sleep(TICK).await;
+    }
+}
+
+fn gauge(count: impl TryInto<i64>) -> i64 {
+    count.try_into().unwrap_or(i64::MAX)
+}
+
+/// `etcdctl defrag`.
+pub(super) fn defragment(node: Node) -> Defragment {
+    let handle = tokio::runtime::Handle::current();
+    Arc::new(move || {
+        handle.block_on(node.defragment()).map(drop).map_err(io::Error::other)
+    })
+}

@@ -1,0 +1,236 @@
+//! `wal verify` and `wal dump`: look into a node's log without touching it.
+//!
+//! The log holds requests, not what came of them. To name the revision each write got, the dump applies them again, to
+//! a store of its own in a temporary directory: from the beginning if the log still has it, else from a copy of the
+//! node's last checkpoint. Writes before that are shown without a revision.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::json;
+use thiserror::Error;
+
+use super::data_dir::{STATE_FILE, wal_dir};
+use crate::apply;
+use crate::command::Encoded;
+use crate::env::{Env, host};
+use crate::limits;
+use crate::mvcc::{self, DrainOn, Store, StoreError};
+use crate::raft::inspect::{Content, content};
+use crate::types::{LogId, Revision};
+use crate::wal::{OpenError, inspect};
+
+/// Why a log could not be shown.
+#[derive(Debug, Error)]
+pub enum ToolError {
+    /// The log cannot be read, or is damaged.
+    #[error(transparent)]
+    Log(#[from] OpenError),
+    /// The log is damaged: `wal verify` prints where, and this is its result.
+    #[error("the log is damaged")]
+    Damaged,
+    /// An entry holds what this release does not know.
+    #[error("entry {id}: {what}")]
+    Entry {
+        /// The entry.
+        id: LogId,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The temporary store failed.
+    #[error("applying the log again: {0}")]
+    Store(#[from] StoreError),
+    /// Output or a temporary file failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// The log of a data directory; a log directory itself is taken too.
+fn log_of(directory: &Path) -> PathBuf {
+    let inside = wal_dir(directory);
+    if inside.is_dir() { inside } else { directory.to_owned() }
+}
+
+/// Checks every frame and prints what is there, down to the first damage.
+pub fn verify(directory: &Path, json: bool, out: &mut dyn Write) -> Result<(), ToolError> {
+    let report = inspect::verify(&*host::env().disk, &log_of(directory))?;
+    if json {
+        writeln!(out, "{}", verify_json(&report))?;
+    } else {
+        verify_text(&report, out)?;
+    }
+    if report.damage.is_some() { Err(ToolError::Damaged) } else { Ok(()) }
+}
+
+fn verify_json(report: &inspect::Report) -> serde_json::Value {
+    let index = |id: Option<LogId>| id.map(|id| id.index.get());
+    let segments: Vec<_> = report
+        .segments
+        .iter()
+        .map(|segment| {
+            json!({
+                "number": segment.number.get(),
+                "path": segment.path.display().to_string(),
+                "bytes": segment.bytes,
+            })
+        })
+        .collect();
+    json!({
+        "segments": segments,
+        "spare_slots": report.spare_slots,
+        "frames": report.frames,
+        "cluster": report.identity.map(|identity| identity.cluster.to_string()),
+        "node": report.identity.map(|identity| identity.node.to_string()),
+        "first": report.first.map(crate::types::LogIndex::get),
+        "last": index(report.state.last),
+        "committed": index(report.state.committed),
+        "purged": index(report.state.purged),
+        "clean": report.clean,
+        "torn_tail": report.cut.as_ref().map(|cut| json!({
+            "path": cut.path.display().to_string(),
+            "segment": cut.segment.get(),
+            "offset": cut.offset,
+            "found": cut.defect.to_string(),
+        })),
+        "damage": report.damage.as_ref().map(ToString::to_string),
+    })
+}
+
+fn verify_text(report: &inspect::Report, out: &mut dyn Write) -> io::Result<()> {
+    if let Some(damage) = &report.damage {
+        return writeln!(out, "DAMAGED: {damage}");
+    }
+    let show = |id: Option<LogId>| id.map_or_else(|| "none".to_owned(), |id| id.to_string());
+    for segment in &report.segments {
+        let (number, path) = (segment.number, segment.path.display());
+        writeln!(out, "segment {number}: {path}, {} bytes", segment.bytes)?;
+    }
+    writeln!(out, "spare slots: {}", report.spare_slots)?;
+    writeln!(out, "frames: {}, all good", report.frames)?;
+    writeln!(out, "last entry: {}", show(report.state.last))?;
+    writeln!(out, "committed: {}", show(report.state.committed))?;
+    writeln!(out, "purged: {}", show(report.state.purged))?;
+    match &report.cut {
+        Some(cut) => writeln!(
+            out,
+            "torn tail: {} at {}, {}; the next start cuts it, nothing acknowledged is in it",
+            cut.path.display(),
+            cut.offset,
+            cut.defect
+        ),
+        None if report.clean => writeln!(out, "closed cleanly"),
+        None => writeln!(out, "not closed: the node runs, or crashed"),
+    }
+}
+
+/// Prints every committed write in order.
+pub fn dump(directory: &Path, json: bool, out: &mut dyn Write) -> Result<(), ToolError> {
+    let env = host::env();
+    let entries = inspect::entries(&*env.disk, &log_of(directory))?;
+    let committed = entries.state().committed;
+    let from_start = entries.state().purged.is_none();
+    let mut replay = Replay::prepare(&env, directory, from_start)?;
+    let mut voters = replay.voters.clone();
+    for entry in entries {
+        let entry = entry?;
+        let content = content(&entry.payload)
+            .map_err(|what| ToolError::Entry { id: entry.id, what })?;
+        if let Content::Voters(ids) = &content {
+            voters.clone_from(ids);
+        }
+        // The only voter commits what it has; with peers, only what the log says is certain.
+        let alone = voters.len() == 1;
+        if !alone && committed.is_none_or(|committed| committed.index < entry.id.index) {
+            break;
+        }
+        if let Content::Command(encoded) = &content {
+            let revision = replay.apply(entry.id, encoded)?;
+            print(entry.id, encoded, revision, json, out)?;
+        }
+    }
+    Ok(())
+}
+
+fn print(
+    id: LogId,
+    encoded: &Encoded,
+    revision: Option<Revision>,
+    json: bool,
+    out: &mut dyn Write,
+) -> Result<(), ToolError> {
+    let kind = encoded
+        .decode()
+        .map_err(|error| ToolError::Entry { id, what: error.to_string() })?
+        .kind();
+    if json {
+        let line = json!({
+            "term": id.term.get(),
+            "index": id.index.get(),
+            "revision": revision.map(Revision::get),
+            "kind": kind,
+            "request": STANDARD.encode(encoded.message()),
+        });
+        writeln!(out, "{line}")?;
+    } else {
+        let revision = revision.map_or_else(|| "-".to_owned(), |revision| revision.to_string());
+        let bytes = encoded.message().len();
+        writeln!(out, "{} term {} revision {revision} {kind} {bytes} bytes", id.index, id.term)?;
+    }
+    Ok(())
+}
+
+/// Applies the log again, somewhere else.
+struct Replay {
+    store: Store,
+    /// What the store began with; entries up to here are in it already.
+    base: Option<LogId>,
+    /// Who voted at the base.
+    voters: BTreeSet<crate::types::NodeId>,
+    dir: PathBuf,
+}
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        // It lies in the system's temporary directory; what cannot be removed now goes at the next boot.
+        drop(fs::remove_dir_all(&self.dir));
+    }
+}
+
+impl Replay {
+    fn prepare(env: &Env, directory: &Path, from_start: bool) -> Result<Self, ToolError> {
+        let name = format!("k3s-server-dump-{:016x}", env.entropy.next_u64());
+        let dir = std::env::temp_dir().join(name);
+        env.disk.create_dir_all(&dir)?;
+        if !from_start {
+            for file in mvcc::backend::files(&directory.join(STATE_FILE)) {
+                if let (true, Some(name)) = (file.exists(), file.file_name()) {
+                    fs::copy(&file, dir.join(name))?;
+                }
+            }
+        }
+        let options =
+            mvcc::Options { cache_bytes: limits::STATE_CACHE_BYTES, drain: DrainOn::Thread };
+        let store = Store::open(env, &dir.join(STATE_FILE), &options)?;
+        let view = store.read()?;
+        let base = view.applied();
+        let voters = crate::raft::inspect::voters(&view)
+            .map_err(|what| ToolError::Entry { id: base.unwrap_or_default(), what })?;
+        Ok(Self { store, base, voters, dir })
+    }
+
+    /// The revision after this entry; `None` if it lies before what the replay began with.
+    fn apply(&mut self, id: LogId, encoded: &Encoded) -> Result<Option<Revision>, ToolError> {
+        if self.base.is_some_and(|base| id.index <= base.index) {
+            return Ok(None);
+        }
+        let command = encoded
+            .decode()
+            .map_err(|error| ToolError::Entry { id, what: error.to_string() })?;
+        let applied = self.store.write(|txn| apply::apply(txn, id, &command))?;
+        Ok(Some(applied.outcome.revision))
+    }
+}
