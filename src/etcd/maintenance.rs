@@ -180,7 +180,7 @@ impl Sending {
     fn settle(self) -> Self {
         match self {
             Self::Data { left: 0, hash, .. } => Self::Hash(hash),
-            other => other,
+            Self::Data { .. } | Self::Hash(_) | Self::Done => self,
         }
     }
 
