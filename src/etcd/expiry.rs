@@ -83,7 +83,12 @@ impl Leases {
     /// The store was replaced.
     pub fn restored(&self, store: &Store) -> Result<(), StoreError> {
         let records = store.read()?.leases()?;
-        self.lock().restore(self.clock.now(), &records);
+        let records = records.into_iter().map(|record| lease::Record {
+            id: record.id,
+            ttl_secs: record.ttl_secs,
+            checkpoint_secs: record.remaining_secs,
+        });
+        self.lock().restore(self.clock.now(), records);
         self.wake();
         Ok(())
     }

@@ -3,7 +3,7 @@
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use http::HeaderMap;
+use http::{HeaderMap, StatusCode};
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Status};
 
@@ -34,12 +34,21 @@ pub(super) fn needs_leader(metadata: &MetadataMap) -> bool {
 
 /// The middleware.
 pub(super) async fn gate(State(api): State<Api>, request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    if !is_grpc(request.headers()) && !super::http::PATHS.contains(&path) {
+        return (StatusCode::NOT_FOUND, "404 page not found\n").into_response();
+    }
     if let Err(error) = admit(&api, request.uri().path(), request.headers()) {
         return Status::from(error).into_http::<tonic::body::Body>().into_response();
     }
     let mut response = next.run(request).await;
     word_as_etcd(response.headers_mut());
     response
+}
+
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let kind = headers.get(http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    kind.is_some_and(|kind| kind.starts_with("application/grpc"))
 }
 
 fn admit(api: &Api, path: &str, headers: &HeaderMap) -> Result<(), EtcdError> {

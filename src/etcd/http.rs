@@ -12,6 +12,9 @@ use super::error::store_failed;
 use super::{CLUSTER_VERSION, VERSION};
 use crate::proto::etcdserverpb::AlarmType;
 
+/// Paths that are not gRPC.
+pub(super) const PATHS: [&str; 2] = ["/version", "/health"];
+
 /// What a health question leaves out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HealthQuery {
@@ -66,29 +69,26 @@ pub(super) fn router(api: Api) -> Router {
 }
 
 async fn version() -> Response {
-    json(
-        StatusCode::OK,
-        &serde_json::json!({
-            "etcdserver": VERSION,
-            "etcdcluster": CLUSTER_VERSION,
-            "storage": CLUSTER_VERSION,
-        }),
-    )
+    let text = format!(
+        r#"{{"etcdserver":"{VERSION}","etcdcluster":"{CLUSTER_VERSION}","storage":"{CLUSTER_VERSION}"}}"#
+    );
+    json(StatusCode::OK, text)
 }
 
 async fn health(State(api): State<Api>, RawQuery(query): RawQuery) -> Response {
     let query = HealthQuery::parse(query.as_deref().unwrap_or_default());
     match api.health(&query).await {
-        Ok(()) => json(StatusCode::OK, &serde_json::json!({"health": "true", "reason": ""})),
+        Ok(()) => json(StatusCode::OK, r#"{"health":"true","reason":""}"#.to_owned()),
         Err(Unhealthy(reason)) => {
-            let body = serde_json::json!({"health": "false", "reason": reason});
-            json(StatusCode::SERVICE_UNAVAILABLE, &body)
+            let reason = serde_json::Value::from(reason);
+            let text = format!(r#"{{"health":"false","reason":{reason}}}"#);
+            json(StatusCode::SERVICE_UNAVAILABLE, text)
         }
     }
 }
 
-fn json(status: StatusCode, body: &serde_json::Value) -> Response {
-    (status, [(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
+fn json(status: StatusCode, text: String) -> Response {
+    (status, [(header::CONTENT_TYPE, "application/json")], text).into_response()
 }
 
 #[cfg(test)]

@@ -139,7 +139,8 @@ fn signed(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
-/// There is no older release whose files we could write, so no target is valid; the format is checked first, as in etcd.
+/// There is no older release whose files we could write, so no target is valid; the format is checked first,
+/// as in etcd.
 fn downgrade(request: &pb::DowngradeRequest) -> EtcdError {
     match DowngradeAction::try_from(request.action) {
         Ok(DowngradeAction::Validate | DowngradeAction::Enable) => {
@@ -180,7 +181,7 @@ impl Sending {
     fn settle(self) -> Self {
         match self {
             Self::Data { left: 0, hash, .. } => Self::Hash(hash),
-            other => other,
+            Self::Data { .. } | Self::Hash(_) | Self::Done => self,
         }
     }
 

@@ -1,8 +1,8 @@
 //! Streams a large range in pieces that fit a gRPC message, all at one revision.
 //!
 //! Kubernetes 1.37 lists through this call. Each piece is read on its own at the revision of the first, so that a slow
-//! client holds neither a thread nor an old state of the store; if that revision is compacted meanwhile, the stream ends
-//! with etcd's compacted error.
+//! client holds neither a thread nor an old state of the store; if that revision is compacted meanwhile, the
+//! stream ends with etcd's compacted error.
 //!
 //! # Invariants
 //!

@@ -3,7 +3,6 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
-use crate::mvcc::LeaseRecord;
 use crate::types::LeaseId;
 
 /// How the lessor behaves.
@@ -32,6 +31,17 @@ pub enum RenewError {
     Expired,
     /// Write a checkpoint of zero first, then ask again.
     ClearCheckpoint,
+}
+
+/// A lease as the replicated state knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The lease.
+    pub id: LeaseId,
+    /// Seconds granted.
+    pub ttl_secs: i64,
+    /// Seconds left at the last checkpoint; 0 if there was none.
+    pub checkpoint_secs: i64,
 }
 
 /// A lease as this leader sees it.
@@ -80,12 +90,12 @@ impl Lessor {
 
     /// Replaces everything by what the store says: at start and after a snapshot. On the leader the clocks start
     /// anew.
-    pub fn restore(&mut self, now: Instant, records: &[LeaseRecord]) {
+    pub fn restore(&mut self, now: Instant, records: impl IntoIterator<Item = Record>) {
         self.leases.clear();
         self.expiries.clear();
         self.checkpoints.clear();
         for record in records {
-            self.leases.insert(record.id, State::new(record.ttl_secs, record.remaining_secs));
+            self.leases.insert(record.id, State::new(record.ttl_secs, record.checkpoint_secs));
             if self.leader {
                 self.start_clock(now, record.id, Duration::ZERO);
             }
@@ -410,7 +420,7 @@ mod tests {
         lessor.checkpointed(now, A, 700);
 
         let mut next = Lessor::new(Settings::default());
-        next.restore(now, &[LeaseRecord { id: A, ttl_secs: 1_000, remaining_secs: 700 }]);
+        next.restore(now, [Record { id: A, ttl_secs: 1_000, checkpoint_secs: 700 }]);
         next.promote(now, Duration::ZERO);
         let left = Lease { ttl_secs: 1_000, remaining_secs: 700 };
         assert_eq!(next.lease(now, A), Some(left));

@@ -23,4 +23,4 @@
 
 mod lessor;
 
-pub use lessor::{Lease, Lessor, RenewError, Settings};
+pub use lessor::{Lease, Lessor, Record, RenewError, Settings};
