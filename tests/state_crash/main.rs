@@ -684,6 +684,32 @@ fn waiting_writer_is_released_by_a_failure() {
 }
 
 #[test]
+fn block_drained_between_planning_a_read_and_reading_is_not_called_damaged() {
+    let disk = CardDisk::default();
+    let (backend, drain) =
+        Backend::open(&disk.env(1), Path::new(PATH), Options::default()).unwrap();
+    let mut drain = Box::pin(drain.run());
+    let mut write = {
+        let backend = backend.clone();
+        move |fill: u8| {
+            backend.write(4096, &[fill; 4096]).unwrap();
+            backend.sync_data().unwrap();
+            let mut context = Context::from_waker(Waker::noop());
+            (0..100).for_each(|_| assert!(drain.as_mut().poll(&mut context).is_pending()));
+            assert_eq!(backend.stats().held_bytes, 0);
+        }
+    };
+    write(1);
+    disk.before_next_read(move || write(2));
+
+    let mut bytes = vec![0; 4096];
+    backend.read(4096, &mut bytes).unwrap();
+
+    assert_eq!(bytes, [2; 4096]);
+    assert!(backend.failure().borrow().is_none());
+}
+
+#[test]
 fn blocks_rewritten_and_drained_while_they_are_read_are_read_whole() {
     const BLOCKS: u64 = 8;
     let disk = CardDisk::default();
