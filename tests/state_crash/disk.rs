@@ -50,7 +50,7 @@ struct Content {
     unsynced: Vec<Change>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Card {
     names: BTreeMap<PathBuf, usize>,
     durable_names: BTreeMap<PathBuf, usize>,
@@ -64,8 +64,16 @@ struct Card {
     /// Barriers do not return.
     stalled: bool,
     waiting: Vec<Waker>,
+    /// What happens just before the next read.
+    before_read: Option<Box<dyn FnOnce() + Send>>,
     written: u64,
     barriers: u64,
+}
+
+impl std::fmt::Debug for Card {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Card")
+    }
 }
 
 impl Card {
@@ -134,6 +142,10 @@ impl CardDisk {
         let mut card = self.0.lock().unwrap();
         card.stalled = stalled;
         card.waiting.drain(..).for_each(Waker::wake);
+    }
+
+    pub fn before_next_read(&self, event: impl FnOnce() + Send + 'static) {
+        self.0.lock().unwrap().before_read = Some(Box::new(event));
     }
 
     /// The kernel never stopped: everything written is still seen.
@@ -291,6 +303,8 @@ impl Disk for CardDisk {
 
 impl DiskFile for CardFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let event = self.card.lock().unwrap().before_read.take();
+        event.into_iter().for_each(|event| event());
         let mut card = self.card.lock().unwrap();
         card.operation()?;
         let at = offset as usize;
