@@ -61,9 +61,10 @@ pub enum ServeError {
 /// Serves clients until `shutdown`, and then until the calls under way are done.
 ///
 /// `incoming` yields accepted connections, after TLS where there is TLS. An error in it is one failed
-/// connection, not the end.
+/// connection, not the end. `around` puts layers of the caller, such as counters, around all routes.
 pub async fn serve<IO>(
     api: Api,
+    around: impl FnOnce(axum::Router) -> axum::Router,
     incoming: impl Stream<Item = io::Result<IO>>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError>
@@ -71,7 +72,7 @@ where
     IO: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
     let settings = *api.settings();
-    let routes = Routes::from(routes(&api).await?);
+    let routes = Routes::from(around(routes(&api).await?));
     Server::builder()
         .accept_http1(true)
         .max_concurrent_streams(settings.concurrent_streams_max)

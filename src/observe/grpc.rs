@@ -11,8 +11,7 @@ use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use hyper::body::{Frame, SizeHint};
 use prometheus_client::metrics::counter::Counter;
-use tonic::Status;
-use tonic::body::Body;
+use axum::body::Body;
 use tonic::codegen::Service;
 use tower_layer::Layer;
 
@@ -148,12 +147,12 @@ struct CountedBody<T> {
 
 impl<T: Tally> hyper::body::Body for CountedBody<T> {
     type Data = Bytes;
-    type Error = Status;
+    type Error = axum::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         if let Some(Ok(frame)) = &frame {
             if let Some(data) = frame.data_ref() {

@@ -348,6 +348,20 @@ impl Node {
         Ok(())
     }
 
+    /// Whether Raft's own loop answers. The watchdog hangs on it.
+    pub async fn is_alive(&self) -> bool {
+        self.shared.raft.with_raft_state(|_| ()).await.is_ok()
+    }
+
+    /// Rewrites the store's file without its free pages. Applying waits; readers and the log go on.
+    pub async fn defragment(&self) -> Result<(), StoreError> {
+        if self.shared.wal.flush().await.is_err() {
+            return Err(StoreError::Stopping);
+        }
+        let done = self.shared.raft.with_state_machine(|machine| Box::pin(machine.defragment()));
+        done.await.unwrap_or(Err(StoreError::Stopping))
+    }
+
     /// The environment the node runs in.
     pub fn env(&self) -> &Env {
         &self.shared.env

@@ -7,6 +7,7 @@
 //!
 //! What a command means: `apply`. When the store becomes durable: `checkpoint`.
 
+use std::future::Future;
 use std::io;
 use std::sync::Arc;
 
@@ -66,6 +67,12 @@ impl StateMachine {
         notes: mpsc::UnboundedSender<AppliedNote>,
     ) -> Self {
         Self { store, checkpoint, followers, notes }
+    }
+
+    /// Rewrites the store's file. Runs where entries are applied, so that none is applied meanwhile.
+    pub(super) fn defragment(&self) -> impl Future<Output = Result<(), StoreError>> + Send + 'static {
+        let store = self.store.clone();
+        async move { store.defragment().await.map(drop) }
     }
 
     /// Commits, then shows the batch to followers, then answers.

@@ -80,7 +80,7 @@ impl Moment {
 
     /// Measures, then streams from a thread of its own: the file is never in memory or on this node's card.
     fn stream(self) -> io::Result<Backup> {
-        let plan = self.with_file(EtcdFile::plan).map_err(io::Error::other)?;
+        let plan = self.with_file(|file| file.plan()).map_err(io::Error::other)?;
         let bytes = plan.bytes();
         let (reader, mut writer) = io::pipe()?;
         thread::Builder::new().name("backup".to_owned()).spawn(move || {

@@ -95,9 +95,12 @@ pub struct DataDir {
     pub wal: Wal,
     /// What opening the log found.
     pub recovery: Recovery,
-    /// Released when everything above is closed.
-    _lock: Box<dyn Send + Sync>,
+    /// To be dropped when everything above is closed.
+    pub lock: Lock,
 }
+
+/// Keeps other processes off a data directory.
+pub struct Lock(#[allow(dead_code, reason = "held, not used")] Box<dyn Send + Sync>);
 
 /// The state machine's file inside a data directory.
 pub const STATE_FILE: &str = "state.redb";
@@ -120,7 +123,7 @@ impl DataDir {
         let (wal, recovery, writer) = Wal::open(env, &wal_dir(path), owner, options).await?;
         writer.spawn_thread().map_err(|source| directory_error(path, source))?;
         let path = path.to_owned();
-        Ok(Self { path, identity, created, store, wal, recovery, _lock: lock })
+        Ok(Self { path, identity, created, store, wal, recovery, lock })
     }
 }
 
@@ -128,9 +131,9 @@ fn directory_error(path: &Path, source: io::Error) -> DataDirError {
     DataDirError::Directory { path: path.display().to_string(), source }
 }
 
-fn lock(env: &Env, path: &Path) -> Result<Box<dyn Send + Sync>, DataDirError> {
+fn lock(env: &Env, path: &Path) -> Result<Lock, DataDirError> {
     env.disk.create_dir_all(path).map_err(|source| directory_error(path, source))?;
-    env.disk.lock(&path.join("lock")).map_err(|source| {
+    env.disk.lock(&path.join("lock")).map(Lock).map_err(|source| {
         if source.kind() == io::ErrorKind::WouldBlock {
             DataDirError::InUse { path: path.display().to_string() }
         } else {

@@ -9,19 +9,20 @@ use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
-use super::data_dir::{DataDir, DataDirError};
+use super::data_dir::{DataDir, DataDirError, Lock};
 use super::follow::{LeaseClocks, Watchers};
 use super::health::NodeHealth;
 use super::listen::{Caps, ListenError, Listeners, Security};
 use super::membership::NodeMembership;
 use super::{backup, supervise};
 use crate::announce;
-use crate::config::{Config, Quota, Severity};
+use crate::config::{Config, Loaded, Quota, Severity};
 use crate::env::{Env, host};
 use crate::etcd::{self, Api, Leases, ServeError, Settings};
 use crate::limits;
 use crate::metrics::{Metrics, Versions};
 use crate::observe::http::{self, Version};
+use crate::observe::logging::{self, Logging, LoggingError};
 use crate::observe::{EventId, fields, grpc};
 use crate::pki::{Names, NamesError, Owner, Pki, PkiError, Port, Role as CertificateRole};
 use crate::raft::checkpoint::Policy;
@@ -65,6 +66,9 @@ pub enum RunError {
     /// The process could not be set up.
     #[error("process: {0}")]
     Process(#[from] io::Error),
+    /// Logging could not be set up.
+    #[error(transparent)]
+    Logging(#[from] LoggingError),
     /// It ran, and a part of it failed.
     #[error("{0}")]
     Failed(String),
@@ -85,14 +89,32 @@ impl RunError {
             | Self::Names(_)
             | Self::Serve(_)
             | Self::Process(_)
+            | Self::Logging(_)
             | Self::Failed(_)
             | Self::Stop(_) => None,
         }
     }
 }
 
+impl RunError {
+    /// Whether starting again changes nothing before somebody changes the configuration.
+    pub const fn is_configuration(&self) -> bool {
+        matches!(
+            self,
+            Self::Names(_)
+                | Self::Logging(_)
+                | Self::Listen(ListenError::PlainExposed { .. })
+                | Self::Start(StartError::Timing(_))
+        )
+    }
+}
+
 /// Runs a server until it is told to stop or cannot go on.
-pub fn run(config: &Config) -> Result<(), RunError> {
+pub fn run(loaded: &Loaded) -> Result<(), RunError> {
+    let config = &loaded.config;
+    let filter = std::env::var("K3S_SERVER_LOG").ok();
+    logging::init(&Logging { debug: config.debug, filter })?;
+    announce_warnings(&loaded.problems);
     // Two to four slow cores: more threads would only take turns. Blocking work has its own.
     let workers = std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4));
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -112,11 +134,8 @@ struct Running {
     serving: JoinSet<Result<(), RunError>>,
     background: Vec<JoinHandle<()>>,
     store: crate::mvcc::Store,
-    _lock: DataDirLock,
+    _lock: Lock,
 }
-
-/// Keeps the data directory locked until everything is closed.
-struct DataDirLock(#[allow(dead_code, reason = "held, not used")] Box<dyn Send + Sync>);
 
 async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
     let shutdown = Shutdown::new();
@@ -197,7 +216,9 @@ async fn start(
     let incoming = clients.accept(Caps::CLIENTS, metrics.connections.clone());
     let counted = grpc::CountCalls::new(&metrics);
     let stop = stopped(stopping.clone());
-    serving.spawn(async move { Ok(etcd::serve(api, counted, incoming, stop).await?) });
+    serving.spawn(async move {
+        Ok(etcd::serve(api, move |routes| routes.layer(counted), incoming, stop).await?)
+    });
     api_latch.set();
 
     let health = NodeHealth { node: node.clone(), timeout: settings.request_timeout() };
@@ -229,8 +250,7 @@ async fn start(
         addresses_text(&member.client_urls),
     )));
     let store = dir.store.clone();
-    let _lock = DataDirLock(dir.into_lock());
-    Ok(Running { node, shutdown, stop_serving, serving, background, store, _lock })
+    Ok(Running { node, shutdown, stop_serving, serving, background, store, _lock: dir.lock })
 }
 
 fn addresses_text(urls: &[String]) -> String {
@@ -397,7 +417,7 @@ async fn start_node(
 }
 
 /// Says what was wrong with the configuration without being an error.
-pub(super) fn announce_warnings(problems: &crate::config::Problems) {
+fn announce_warnings(problems: &crate::config::Problems) {
     for problem in problems.iter().filter(|problem| problem.severity == Severity::Warning) {
         announce!(EventId::ConfigurationWarning, "{problem}");
     }

@@ -193,14 +193,12 @@ pub(super) async fn pulse(node: Node, pulse: Pulse) {
 
 /// Brings gauges up to date.
 pub(super) async fn collect(node: Node, hub: Hub, leases: Arc<Leases>, metrics: Metrics) {
-    let mut barriers = super::follow::BarrierCounts::default();
     loop {
         let status = node.status();
         metrics.raft.has_leader.set(i64::from(status.leader.is_some()));
         metrics.raft.is_leader.set(i64::from(status.role == Role::Leader));
         metrics.raft.is_learner.set(i64::from(status.role == Role::Learner));
         metrics.raft.progress(status.committed.get(), status.applied.get());
-        barriers.pass_on(&node.wal().stats(), &metrics.wal);
         if let Ok(size) = node.store().size() {
             metrics.mvcc.total_bytes.set(gauge(size.total));
             metrics.mvcc.in_use_bytes.set(gauge(size.in_use));
