@@ -16,3 +16,5 @@ pub mod apply;
 
 pub mod raft;
 
+#[cfg(any(test, feature = "testkit"))]
+pub mod testkit;

@@ -111,7 +111,9 @@ pub enum Defect {
         expected: u64,
     },
     /// A frame that belongs elsewhere.
-    #[error("frame of segment {found_segment} block {found_block}, expected segment {segment} block {block}")]
+    #[error(
+        "frame of segment {found_segment} block {found_block}, expected segment {segment} block {block}"
+    )]
     Misplaced {
         /// Segment in the frame.
         found_segment: u64,
@@ -402,10 +404,7 @@ impl FrameHeader {
             crc,
         };
         if !header.flags.has(Flags::LZ4) && header.raw_bytes != header.payload_bytes {
-            return Err(Defect::Length {
-                found: header.raw_bytes,
-                expected: header.payload_bytes,
-            });
+            return Err(Defect::Length { found: header.raw_bytes, expected: header.payload_bytes });
         }
         Ok(header)
     }

@@ -31,9 +31,7 @@ use super::recovery::{self, Opened};
 use super::segment::{Segment, Slot};
 use super::stats::{Counters, Stats, add, micros};
 use super::writer::{Appender, Core};
-use super::{
-    Failed, HardState, Identity, OpenError, Options, Record, Recovery, Refused, Writer,
-};
+use super::{Failed, HardState, Identity, OpenError, Options, Record, Recovery, Refused, Writer};
 use crate::env::Env;
 use crate::limits::WAL_RECORD_BYTES_MAX;
 use crate::types::{SegmentNo, WriteSeq};
@@ -135,7 +133,7 @@ impl Wal {
         state.view.check(&records)?;
         let before = state.batcher.step(now);
         let (count, bytes) = self.shared.accept(&mut state, now, records, urgency);
-        state.when_durable(Box::new(done));
+        let nothing_to_wait_for = state.when_durable(Box::new(done));
         let after = state.batcher.step(now);
         let evicted = state.batcher.durable().upto();
         state.view.evict(evicted, self.shared.options.cache_bytes);
@@ -144,6 +142,9 @@ impl Wal {
         add(&self.shared.counters.record_bytes, bytes);
         if before != after && matches!(after, Step::Write | Step::WaitUntil(_)) {
             self.shared.wake_writer.notify_one();
+        }
+        if let Some((done, durable)) = nothing_to_wait_for {
+            done(Ok(durable));
         }
         Ok(())
     }
@@ -156,7 +157,10 @@ impl Wal {
         if answer.is_none() {
             state.batcher.flush(self.shared.env.clock.now());
             // The receiver may be gone; then nobody asks any more.
-            state.when_durable(Box::new(move |result| drop(sender.send(result))));
+            let done = state.when_durable(Box::new(move |result| {
+                sender.send(result).ok();
+            }));
+            assert!(done.is_none(), "nothing to wait for, though something is not durable");
         }
         drop(state);
         self.shared.wake_writer.notify_one();
@@ -259,6 +263,10 @@ pub(super) struct Batch {
 }
 
 /// What the writer does next.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "moved once per barrier, and a box would be allocated per barrier"
+)]
 pub(super) enum Next {
     Write(Batch),
     /// Nothing is pending and nobody will append.
@@ -367,8 +375,7 @@ impl Shared {
         let durable = state.batcher.finished();
         state.runs.apply(&effects, at, &hard);
         let segment = appender.segment();
-        if !state.segments.contains_key(&segment.number) {
-            state.segments.insert(segment.number, segment.clone());
+        if state.segments.insert(segment.number, segment.clone()).is_none() {
             state.retire(appender.oldest_live());
             add(&counters.segments_started, 1);
         }
@@ -404,7 +411,7 @@ impl Shared {
         }
         for closer in closers {
             // Whoever asked may be gone.
-            drop(closer.send(Err(failed.clone())));
+            closer.send(Err(failed.clone())).ok();
         }
     }
 
@@ -417,7 +424,7 @@ impl Shared {
         self.wake_filler.notify_one();
         for closer in closers {
             // Whoever asked may be gone.
-            drop(closer.send(Ok(())));
+            closer.send(Ok(())).ok();
         }
     }
 
@@ -433,7 +440,9 @@ impl Shared {
             Some(failed @ Failed::Io { .. }) => Some(Err(failed.clone())),
         };
         match (answer, closer) {
-            (Some(answer), Some(closer)) => drop(closer.send(answer)),
+            (Some(answer), Some(closer)) => {
+                closer.send(answer).ok();
+            }
             (None, Some(closer)) => state.closers.push(closer),
             (_, None) => {}
         }
@@ -498,6 +507,7 @@ impl Shared {
     }
 
     pub(super) fn fill_failed(&self, failed: Failed) {
+        add(&self.counters.fill_failures, 1);
         let mut state = self.lock();
         if matches!(state.filler, FillerState::Awaited) {
             state.filler = FillerState::Failed(failed);
@@ -543,14 +553,15 @@ impl State {
         idle.then(|| self.batcher.durable())
     }
 
-    /// Calls back when everything accepted so far is durable.
-    fn when_durable(&mut self, done: Done) {
+    /// Calls back when everything accepted so far is durable. If it is already, the caller must call back, outside
+    /// the lock.
+    fn when_durable(&mut self, done: Done) -> Option<(Done, Durable)> {
         match self.queue.back_mut() {
             Some(batch) => batch.done.push(done),
             None if self.batcher.is_in_flight() => self.in_flight_done.push(done),
-            // Nothing was ever accepted that is not durable, and an append without records promises nothing.
-            None => done(Ok(self.batcher.durable())),
+            None => return Some((done, self.batcher.durable())),
         }
+        None
     }
 
     fn open_batch(&mut self, now: Instant) {
@@ -601,8 +612,10 @@ impl State {
 
     fn free_number(&self) -> usize {
         let segments = self.segments.values().map(|segment| segment.slot.number);
-        let used: Vec<usize> =
-            segments.chain(self.spares.iter().map(|slot| slot.number)).chain(self.removing).collect();
+        let used: Vec<usize> = segments
+            .chain(self.spares.iter().map(|slot| slot.number))
+            .chain(self.removing)
+            .collect();
         prepare::free_number(|number| used.contains(&number))
     }
 }

@@ -54,7 +54,7 @@ pub struct SegmentReport {
 pub fn verify(disk: &dyn Disk, dir: &Path) -> Result<Report, OpenError> {
     match read(disk, dir) {
         Ok(found) => Ok(report(&found)),
-        Err(OpenError::Corrupt(damage)) => Ok(Report { damage: Some(damage), ..empty() }),
+        Err(OpenError::Corrupt(damage)) => Ok(Report { damage: Some(*damage), ..empty() }),
         Err(error) => Err(error),
     }
 }
@@ -98,7 +98,8 @@ const fn empty() -> Report {
 /// Every entry that is in the log, in order, with the hard state as of its end.
 pub fn entries(disk: &dyn Disk, dir: &Path) -> Result<Dump, OpenError> {
     let found = read(disk, dir)?;
-    let next = found.runs.first().map_or(LogIndex::new(0), |first| first.max(found.state.first_kept()));
+    let next =
+        found.runs.first().map_or(LogIndex::new(0), |first| first.max(found.state.first_kept()));
     Ok(Dump { found, next, ready: Vec::new().into_iter(), failed: false })
 }
 

@@ -23,6 +23,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::{Either, select};
+
 use super::format::{BLOCK, SlotHeader};
 use super::handle::Shared;
 use super::segment::{self, Slot};
@@ -69,12 +71,7 @@ fn create(env: &Env, dir: &Path, number: usize) -> io::Result<Arc<dyn DiskFile>>
     }
 }
 
-fn fill_chunk(
-    file: &dyn DiskFile,
-    zeros: &[u8],
-    offset: u64,
-    slot_bytes: u64,
-) -> io::Result<u64> {
+fn fill_chunk(file: &dyn DiskFile, zeros: &[u8], offset: u64, slot_bytes: u64) -> io::Result<u64> {
     let bytes = usize::try_from(slot_bytes - offset).unwrap_or(usize::MAX).min(zeros.len());
     file.write_at(&zeros[..bytes], offset)?;
     Ok(bytes as u64)
@@ -136,8 +133,10 @@ impl Filler {
                 Job::Remove(slot) => {
                     // Failing to remove leaves a file that the next start finds and uses.
                     let removed = self.shared.env.disk.remove(&slot.path);
-                    if removed.and_then(|()| self.shared.env.disk.sync_dir(&self.shared.dir)).is_err() {
-                        self.pause(RETRY_PAUSE).await;
+                    let synced =
+                        removed.and_then(|()| self.shared.env.disk.sync_dir(&self.shared.dir));
+                    if synced.is_err() {
+                        self.pause_unless_awaited(RETRY_PAUSE).await;
                     }
                 }
                 Job::Fill(number) => self.fill(number).await,
@@ -152,7 +151,7 @@ impl Filler {
             Err(error) => {
                 let path = segment::path_of(&self.shared.dir, number);
                 self.shared.fill_failed(Failed::io("fill", &path)(error));
-                self.pause(RETRY_PAUSE).await;
+                self.pause_unless_awaited(RETRY_PAUSE).await;
             }
         }
     }
@@ -186,6 +185,18 @@ impl Filler {
     /// Sleeps, but not longer than until something changes.
     async fn pause(&self, duration: Duration) {
         let sleep = self.shared.env.clock.sleep(duration);
-        futures_util::future::select(sleep, Box::pin(self.shared.wake_filler.notified())).await;
+        select(sleep, Box::pin(self.shared.wake_filler.notified())).await;
+    }
+
+    /// Sleeps until the writer needs a slot or the log closes, but not longer than this.
+    async fn pause_unless_awaited(&self, duration: Duration) {
+        let mut sleep = self.shared.env.clock.sleep(duration);
+        while !self.shared.is_spare_awaited() && !self.shared.is_closed() {
+            let changed = Box::pin(self.shared.wake_filler.notified());
+            match select(sleep, changed).await {
+                Either::Left(_) => return,
+                Either::Right(((), unfinished)) => sleep = unfinished,
+            }
+        }
     }
 }

@@ -23,7 +23,7 @@ enum Lookup {
     /// From memory.
     Cached,
     /// Read this frame for entries before an index.
-    InFrame(Segment, FrameAt, Option<LogIndex>),
+    InFrame(Segment, FrameAt, LogIndex),
     /// The log was truncated since we started.
     Truncated,
 }
@@ -41,7 +41,6 @@ impl Wal {
                     Lookup::Truncated => continue 'again,
                     Lookup::End | Lookup::Cached => return Ok(found.entries),
                     Lookup::InFrame(segment, at, before) => {
-                        let before = before.map_or(range.end, |before| before.min(range.end));
                         match read_frame(&segment, at, next, before, &mut found) {
                             Ok(after) => next = after,
                             Err(error) => {
@@ -92,7 +91,9 @@ impl Wal {
         match state.runs.find(*next) {
             Some((run, before)) => match state.segments.get(&run.at.segment) {
                 Some(segment) => {
-                    let before = before.into_iter().chain(state.view.cached_from()).min();
+                    // The frame may hold more than is live: its end may have been truncated, not yet durably.
+                    let ends = [before, state.view.cached_from(), Some(last.index.next())];
+                    let before = ends.into_iter().flatten().fold(end, LogIndex::min);
                     Lookup::InFrame(segment.clone(), run.at, before)
                 }
                 None => unreachable!("entry {next} is in segment {}, not live", run.at.segment),
@@ -205,11 +206,7 @@ pub(super) fn read_frame(
 }
 
 /// Where entries stand, for those who walk over all of them.
-pub(super) fn locate(
-    runs: &Runs,
-    index: LogIndex,
-    last: LogIndex,
-) -> Option<(FrameAt, LogIndex)> {
+pub(super) fn locate(runs: &Runs, index: LogIndex, last: LogIndex) -> Option<(FrameAt, LogIndex)> {
     let (run, before) = runs.find(index)?;
     Some((run.at, before.unwrap_or_else(|| last.next())))
 }

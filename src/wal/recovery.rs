@@ -126,8 +126,11 @@ pub(super) fn replay(
     identity: Option<Identity>,
 ) -> Result<Found, OpenError> {
     let mut survey = survey(disk, dir, how, identity)?;
-    let Some((newest, oldest)) =
-        survey.segments.values().next_back().map(|(_, header)| (header.segment, header.oldest_live))
+    let Some((newest, oldest)) = survey
+        .segments
+        .values()
+        .next_back()
+        .map(|(_, header)| (header.segment, header.oldest_live))
     else {
         return nothing_found(survey);
     };
@@ -162,12 +165,10 @@ fn survey(
     how: Open,
     identity: Option<Identity>,
 ) -> Result<Survey, OpenError> {
-    let mut survey =
-        Survey { segments: BTreeMap::new(), spares: Vec::new(), blanks: Vec::new() };
+    let mut survey = Survey { segments: BTreeMap::new(), spares: Vec::new(), blanks: Vec::new() };
     for number in segment::list(disk, dir).map_err(OpenError::io("list", dir))? {
         let path = segment::path_of(dir, number);
-        let slot =
-            Slot::open(disk, dir, number, how).map_err(OpenError::io("open", &path))?;
+        let slot = Slot::open(disk, dir, number, how).map_err(OpenError::io("open", &path))?;
         let first = header_at(&slot, 0, identity)?;
         let copy = header_at(&slot, slot.copy_block(), identity)?;
         match best_header(first, copy) {
@@ -175,8 +176,7 @@ fn survey(
                 survey.spares.push(slot);
             }
             Ok(SlotHeader::Spare { slot_bytes, .. }) => {
-                let defect =
-                    Defect::FileLength { found: bytes_of(&slot), expected: slot_bytes };
+                let defect = Defect::FileLength { found: bytes_of(&slot), expected: slot_bytes };
                 survey.blanks.push((slot, defect));
             }
             Ok(SlotHeader::Segment(header)) => {
@@ -330,25 +330,18 @@ impl<'a> Replay<'a> {
             }
         } else {
             self.from_start = header.state.last.is_none();
-            self.position = Position {
-                seq: header.first_seq,
-                chain: header.chain,
-                state: header.state,
-            };
+            self.position =
+                Position { seq: header.first_seq, chain: header.chain, state: header.state };
         }
         if bytes_of(&slot) != header.slot_bytes {
-            let defect =
-                Defect::FileLength { found: bytes_of(&slot), expected: header.slot_bytes };
+            let defect = Defect::FileLength { found: bytes_of(&slot), expected: header.slot_bytes };
             let state = &self.position.state;
             return Err(damage(&slot, Some(header.segment), 0, state, defect).into());
         }
         self.header = Some(*header);
         self.next_block = 1;
-        let segment = Segment {
-            number: header.segment,
-            generation: header.generation,
-            slot: Arc::new(slot),
-        };
+        let segment =
+            Segment { number: header.segment, generation: header.generation, slot: Arc::new(slot) };
         self.segments.insert(header.segment, segment);
         self.recovery.segments += 1;
         Ok(())
@@ -474,8 +467,7 @@ impl<'a> Replay<'a> {
         } else {
             let before = self.position;
             self.apply(segment, frame, raw, at)?;
-            self.content =
-                Some(Content { before, at, raw: raw.to_vec(), records: frame.records });
+            self.content = Some(Content { before, at, raw: raw.to_vec(), records: frame.records });
         }
         self.recovery.frames += 1;
         self.recovery.clean = frame.flags.has(super::format::Flags::CLOSE);
@@ -548,9 +540,8 @@ impl<'a> Replay<'a> {
     /// A slot with a bad header may hold a segment that came after the last one found. Its first frame alone may be
     /// a torn switch; a frame after that proves that the switch was durable.
     fn check_blank(&self, slot: &Slot, defect: &Defect) -> Result<(), OpenError> {
-        let lost = slot.search(1, |frame, block| {
-            frame.block == block && self.position.seq < frame.seq
-        });
+        let lost =
+            slot.search(1, |frame, block| frame.block == block && self.position.seq < frame.seq);
         match lost.map_err(OpenError::io("read", &slot.path))? {
             Some(frame) => {
                 let state = &self.position.state;

@@ -128,7 +128,6 @@ impl Slot {
         Ok(header.payload(buffer, raw)?)
     }
 
-
     /// The first frame header at or after `from` that `wanted` accepts.
     pub(super) fn search(
         &self,
@@ -189,7 +188,8 @@ mod tests {
         assert_eq!(number_of(Path::new("/d/slot-00.wal")), Some(0));
         assert_eq!(number_of(Path::new("/d/slot-07.wal")), Some(7));
         assert_eq!(number_of(Path::new("/d/slot-123.wal")), Some(123));
-        for other in ["slot-7.wal", "slot-007.wal", "slot-+7.wal", "slot-.wal", "slot-00.wal~", "lock"]
+        for other in
+            ["slot-7.wal", "slot-007.wal", "slot-+7.wal", "slot-.wal", "slot-00.wal~", "lock"]
         {
             assert_eq!(number_of(Path::new(other)), None, "{other}");
         }
