@@ -174,6 +174,12 @@ pub enum Defect {
         /// Its number.
         expected: SegmentNo,
     },
+    /// A frame does not hold the entry that it held when it was written.
+    #[error("no entry {expected}")]
+    NoEntry {
+        /// Its index.
+        expected: LogIndex,
+    },
     /// Two slots claim the same segment.
     #[error("segment {found} is in two slots")]
     Duplicate {

@@ -112,6 +112,7 @@ impl Wal {
     /// changed and `done` is dropped.
     ///
     /// Votes are always urgent; without entries or votes, nothing is: a truncation or a purge waits for company.
+    /// Records of one call that fit one frame survive a crash together or not at all.
     pub fn append(
         &self,
         records: Vec<Record>,
@@ -301,6 +302,11 @@ impl Shared {
         urgency: Urgency,
     ) -> (u64, u64) {
         let raw_max = self.frame_raw_max();
+        // What fits one frame is never split over two, so it survives a crash as a whole or not at all.
+        let mut unsplit: usize = records.iter().map(format::record_bytes).sum();
+        if raw_max < unsplit {
+            unsplit = 0;
+        }
         let (mut count, mut bytes) = (0, 0);
         let mut needed = Urgency::RideAlong;
         for record in records {
@@ -314,8 +320,8 @@ impl Shared {
             });
             state.last_write = state.last_write.next();
             let last = state.last_write;
-            let full = state.queue.back().is_none_or(|b| raw_max < b.frame.raw_bytes() + size);
-            if full {
+            let room_for = size.max(mem::take(&mut unsplit));
+            if state.queue.back().is_none_or(|b| raw_max < b.frame.raw_bytes() + room_for) {
                 state.open_batch(now);
             }
             let after = state.view.state_after(&record);

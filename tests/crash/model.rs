@@ -51,12 +51,16 @@ impl Model {
         self.state.last.map_or(1, |last| last.index.get() + 1)
     }
 
-    /// Records for one append, such as Raft might make.
+    /// Records for one append, such as Raft might make; all in one frame.
     pub fn random_append(&self, random: &mut Random, payload_max: u64) -> Vec<Record> {
         let mut after = self.clone();
         let mut records = Vec::new();
+        let mut left = payload_max;
         for _ in 0..=random.below(3) {
-            let record = after.random_record(random, payload_max);
+            let record = after.random_record(random, left);
+            if let Record::Entry { payload, .. } = &record {
+                left = (left - payload.len() as u64).max(1);
+            }
             after.apply(&record);
             records.push(record);
         }

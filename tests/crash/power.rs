@@ -77,7 +77,7 @@ fn power_cut_at_every_operation_loses_nothing_acknowledged() {
         });
         if !struck {
             assert_eq!(crashed.acknowledged, script().len(), "the script does not run to its end");
-            assert!(150 < operation, "only {operation} operations: the script is too short");
+            assert!(100 < operation, "only {operation} operations: the script is too short");
             return;
         }
         operation += 1;
