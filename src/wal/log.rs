@@ -223,6 +223,9 @@ impl Effect {
 pub(super) struct Run {
     pub(super) first: LogIndex,
     pub(super) at: FrameAt,
+    /// The segment they were written to first. It stays live even if they are read from a repetition: replaying
+    /// needs what led to the repeated frame.
+    home: SegmentNo,
 }
 
 /// Which frame holds which entry: one item per frame, not per entry.
@@ -237,7 +240,7 @@ impl Runs {
                 Effect::Entries(first) => {
                     self.truncate(|run| run.first < first || (run.at == at && run.first <= first));
                     if self.0.back().is_none_or(|run| run.at != at) {
-                        self.0.push_back(Run { first, at });
+                        self.0.push_back(Run { first, at, home: at.segment });
                     }
                 }
                 Effect::TruncateAfter(keep) => self.truncate(|run| Some(run.first) <= keep),
@@ -260,9 +263,9 @@ impl Runs {
         Some((*run, self.0.get(after).map(|next| next.first)))
     }
 
-    /// The oldest segment that holds a live entry.
+    /// The oldest segment that a live entry was written to.
     pub(super) fn oldest_segment(&self) -> Option<SegmentNo> {
-        self.0.front().map(|run| run.at.segment)
+        self.0.front().map(|run| run.home)
     }
 
     /// First index that stands in a file.
