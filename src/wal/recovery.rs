@@ -596,6 +596,8 @@ pub(super) async fn open(
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         disk.sync_dir(parent).map_err(OpenError::io("sync", parent))?;
     }
+    // A slot that an earlier process made may have a name that only the kernel remembers.
+    disk.sync_dir(dir).map_err(OpenError::io("sync", dir))?;
     let mut found = replay(disk, dir, Open::Write, Some(identity))?;
     let mut frame = FrameBuffer::new();
     let (mut appender, repeats) = match found.tail.take() {
