@@ -79,6 +79,7 @@ impl Wal {
             spares: found.spares.into_iter().map(Arc::new).collect(),
             blanks: found.blanks,
             removing: None,
+            taken: None,
             batcher: Batcher::new(policy),
             last_write: WriteSeq::new(0),
             queue: VecDeque::new(),
@@ -86,6 +87,7 @@ impl Wal {
             in_flight_done: Vec::new(),
             room: appender.room(),
             filler: FillerState::Ready,
+            filling: false,
             closing: false,
             closers: Vec::new(),
             failed: None,
@@ -228,6 +230,8 @@ pub(super) struct State {
     blanks: Vec<usize>,
     /// The slot that is being removed; its number is not free yet.
     removing: Option<usize>,
+    /// The slot of a segment whose first barrier is under way: neither spare nor, yet, a segment.
+    taken: Option<usize>,
     batcher: Batcher,
     last_write: WriteSeq,
     /// Frames being gathered, oldest first. Only the last grows.
@@ -237,6 +241,8 @@ pub(super) struct State {
     /// Blocks left in the active segment, and how many it has.
     room: (u32, u32),
     filler: FillerState,
+    /// A slot is being filled: the filler wants to know when a barrier has returned.
+    filling: bool,
     closing: bool,
     closers: Vec<oneshot::Sender<Result<(), Failed>>>,
     failed: Option<Failed>,
@@ -382,6 +388,7 @@ impl Shared {
         state.runs.apply(&effects, at, &hard);
         let segment = appender.segment();
         if state.segments.insert(segment.number, segment.clone()).is_none() {
+            state.taken = None;
             state.retire(appender.oldest_live());
             add(&counters.segments_started, 1);
         }
@@ -390,9 +397,10 @@ impl Shared {
         state.idle_buffers.push(frame);
         state.idle_buffers.truncate(2);
         let done = mem::take(&mut state.in_flight_done);
-        let fill = state.wants_slot(&self.options) || state.has_too_many(&self.options);
+        let wake_filler =
+            state.filling || state.wants_slot(&self.options) || state.has_too_many(&self.options);
         drop(state);
-        if fill {
+        if wake_filler {
             self.wake_filler.notify_one();
         }
         for done in done {
@@ -473,6 +481,7 @@ impl Shared {
                     if matches!(state.filler, FillerState::Awaited | FillerState::Failed(_)) {
                         state.filler = FillerState::Ready;
                     }
+                    state.taken = Some(slot.number);
                     return Ok(slot);
                 }
                 match &state.filler {
@@ -491,10 +500,12 @@ impl Shared {
     pub(super) fn filler_job(&self) -> Job {
         let mut state = self.lock();
         state.removing = None;
+        state.filling = false;
         if state.failed.is_some() {
             return Job::Stop;
         }
         if state.wants_slot(&self.options) {
+            state.filling = true;
             let number = state.blanks.pop().unwrap_or_else(|| state.free_number());
             return Job::Fill(number);
         }
@@ -602,7 +613,7 @@ impl State {
     }
 
     fn slots(&self) -> usize {
-        self.segments.len() + self.spares.len()
+        self.segments.len() + self.spares.len() + usize::from(self.taken.is_some())
     }
 
     /// A slot should be filled: too few exist, or none is spare and the active segment is half full.
@@ -618,10 +629,9 @@ impl State {
 
     fn free_number(&self) -> usize {
         let segments = self.segments.values().map(|segment| segment.slot.number);
-        let used: Vec<usize> = segments
-            .chain(self.spares.iter().map(|slot| slot.number))
-            .chain(self.removing)
-            .collect();
+        let spares = self.spares.iter().map(|slot| slot.number);
+        let used: Vec<usize> =
+            segments.chain(spares).chain(self.removing).chain(self.taken).collect();
         prepare::free_number(|number| used.contains(&number))
     }
 }

@@ -6,8 +6,8 @@
 //! # Shape
 //!
 //! [`Filler`] runs on its own thread (or as its own task), because the barriers of filling must not delay those of
-//! the log. It fills small chunks with a pause between them, never starts one while the log's barrier is in flight,
-//! and hurries only when the writer waits for it.
+//! the log. It fills small chunks with a pause between them, lets a barrier that is in flight return first, and
+//! hurries only when the writer waits for it.
 //!
 //! # Invariants
 //!
@@ -164,8 +164,10 @@ impl Filler {
         let zeros = vec![0; CHUNK_BYTES];
         let mut offset = 0;
         while offset < slot_bytes {
-            while shared.must_filling_wait() {
-                self.pause(shared.options.fill_pause).await;
+            // One barrier is waited for, not more: under load there is always another, and a slot that is not
+            // ready in time stalls everybody.
+            if shared.must_filling_wait() {
+                shared.wake_filler.notified().await;
             }
             let bytes = fill_chunk(file.as_ref(), &zeros, offset, slot_bytes)?;
             file.sync().await?;
