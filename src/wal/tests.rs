@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::env::{Clock, Disk, Env};
+use crate::env::{Clock, Env};
 use crate::testkit::disk::{Failure, Fault, Operation, changes};
 use crate::testkit::{self, FaultDisk, ManualClock};
 use crate::types::{LogIndex, Term, WriteSeq};

@@ -160,3 +160,28 @@ fn truncation_and_purge_cause_no_barrier_of_their_own() {
         run.close().await;
     });
 }
+
+/// The process died between filling a slot and making its name durable. The next one found a perfectly good slot, used
+/// it, and lost a segment of acknowledged entries with the name at the power cut after that.
+#[test]
+fn slot_whose_name_an_earlier_process_left_undurable_is_safe_to_use() {
+    block_on(async {
+        let disk = disk();
+        let run = Run::open(&disk, 1).await.unwrap();
+        disk.fail(Fault { only: |op| op == Operation::SyncDir, ..Fault::once(1, Failure::Eio) });
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(disk.has_failed(), "no slot was filled ahead");
+        run.crash().await;
+
+        disk.restart();
+        let mut run = Run::open(&disk, 2).await.unwrap();
+        run.follow(&script()[..20]).await;
+        assert!(1 < run.wal.stats().live_segments);
+        let crashed = run.crash().await;
+        assert_eq!(crashed.acknowledged, 20);
+        disk.power_cut(|_| Fate::LOST);
+        crashed.check(&disk, 3, "after the power cut").await;
+    });
+}

@@ -8,25 +8,29 @@ use k3s_server::types::{LogId, LogIndex, NodeId, Term, Vote};
 use k3s_server::wal::{Entry, HardState, Record};
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Model {
-    pub state: HardState,
-    pub entries: BTreeMap<u64, Entry>,
+pub(crate) struct Model {
+    pub(crate) state: HardState,
+    pub(crate) entries: BTreeMap<u64, Entry>,
 }
 
-pub fn id(term: u64, index: u64) -> LogId {
+pub(crate) fn id(term: u64, index: u64) -> LogId {
     LogId { term: Term::new(term), leader: NodeId::new(7), index: LogIndex::new(index) }
 }
 
-pub fn entry(term: u64, index: u64, payload: impl Into<Bytes>) -> Record {
+pub(crate) fn entry(term: u64, index: u64, payload: impl Into<Bytes>) -> Record {
     Record::Entry { id: id(term, index), payload: payload.into() }
 }
 
-pub fn vote(term: u64) -> Record {
-    Record::Vote(Vote { term: Term::new(term), node: NodeId::new(7), committed: term % 2 == 0 })
+pub(crate) fn vote(term: u64) -> Record {
+    Record::Vote(Vote {
+        term: Term::new(term),
+        node: NodeId::new(7),
+        committed: term.is_multiple_of(2),
+    })
 }
 
 impl Model {
-    pub fn apply(&mut self, record: &Record) {
+    pub(crate) fn apply(&mut self, record: &Record) {
         match record {
             Record::Entry { id, payload } => {
                 let entry = Entry { id: *id, payload: payload.clone() };
@@ -47,12 +51,12 @@ impl Model {
         self.state.last = last.or(self.state.purged);
     }
 
-    pub fn next_index(&self) -> u64 {
+    pub(crate) fn next_index(&self) -> u64 {
         self.state.last.map_or(1, |last| last.index.get() + 1)
     }
 
     /// Records for one append, such as Raft might make; all in one frame.
-    pub fn random_append(&self, random: &mut Random, payload_max: u64) -> Vec<Record> {
+    pub(crate) fn random_append(&self, random: &mut Random, payload_max: u64) -> Vec<Record> {
         let mut after = self.clone();
         let mut records = Vec::new();
         let mut left = payload_max;

@@ -10,7 +10,7 @@ use crate::run::{Crashed, Run, block_on, check_usable, disk};
 const RESTS: [Rest; 4] = [Rest::Old, Rest::Zeros, Rest::Ones, Rest::Garbage(42)];
 
 /// Every kind of record, frames of one block and of many, three lives of the slots.
-pub fn script() -> Vec<Vec<Record>> {
+pub(crate) fn script() -> Vec<Vec<Record>> {
     let mut random = Random::new(1);
     let mut noise = vec![0; 3 * 4096];
     random.fill(&mut noise);

@@ -11,14 +11,15 @@ use k3s_server::wal::{Entry, Identity, OpenError, Options, Record, Recovery, Urg
 
 use crate::model::Model;
 
-pub const DIR: &str = "/data/wal";
+pub(crate) const DIR: &str = "/data/wal";
 
 /// Largest payload that fits a slot of these tests.
-pub const PAYLOAD_MAX: u64 = 48 * 1024;
+pub(crate) const PAYLOAD_MAX: u64 = 48 * 1024;
 
-pub const IDENTITY: Identity = Identity { cluster: ClusterId::new(0xc1), node: NodeId::new(0x0de) };
+pub(crate) const IDENTITY: Identity =
+    Identity { cluster: ClusterId::new(0xc1), node: NodeId::new(0x0de) };
 
-pub fn options() -> Options {
+pub(crate) fn options() -> Options {
     Options {
         linger: Duration::from_millis(1),
         segment_bytes: 64 * 1024,
@@ -30,33 +31,33 @@ pub fn options() -> Options {
     }
 }
 
-pub fn disk() -> FaultDisk {
+pub(crate) fn disk() -> FaultDisk {
     FaultDisk::with_dir(Path::new("/data"))
 }
 
-pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
 }
 
 /// A running log, what was appended to it, and how much of that was acknowledged.
-pub struct Run {
-    pub wal: Wal,
-    pub recovery: Recovery,
+pub(crate) struct Run {
+    pub(crate) wal: Wal,
+    pub(crate) recovery: Recovery,
     writer: tokio::task::JoinHandle<()>,
     /// The model before any append, after the first, and so on.
-    pub history: Vec<Model>,
+    pub(crate) history: Vec<Model>,
     acknowledged: Arc<AtomicUsize>,
     order: Arc<Mutex<Vec<usize>>>,
 }
 
 /// What is known about a log that crashed.
-pub struct Crashed {
-    pub history: Vec<Model>,
-    pub acknowledged: usize,
+pub(crate) struct Crashed {
+    pub(crate) history: Vec<Model>,
+    pub(crate) acknowledged: usize,
 }
 
 impl Run {
-    pub async fn open(disk: &FaultDisk, seed: u64) -> Result<Self, OpenError> {
+    pub(crate) async fn open(disk: &FaultDisk, seed: u64) -> Result<Self, OpenError> {
         let env = testkit::env(disk, &ManualClock::new(), seed);
         let (wal, recovery, writer) = Wal::open(&env, Path::new(DIR), IDENTITY, options()).await?;
         let history = vec![read(&wal)];
@@ -70,11 +71,11 @@ impl Run {
         })
     }
 
-    pub fn model(&self) -> &Model {
+    pub(crate) fn model(&self) -> &Model {
         self.history.last().unwrap()
     }
 
-    pub fn append(&mut self, records: Vec<Record>) {
+    pub(crate) fn append(&mut self, records: Vec<Record>) {
         let mut model = self.model().clone();
         for record in &records {
             model.apply(record);
@@ -94,12 +95,12 @@ impl Run {
         }
     }
 
-    pub async fn flush(&self) -> bool {
+    pub(crate) async fn flush(&self) -> bool {
         self.wal.flush().await.is_ok()
     }
 
     /// Appends everything, each with its own barrier; stops at the first failure.
-    pub async fn follow(&mut self, script: &[Vec<Record>]) {
+    pub(crate) async fn follow(&mut self, script: &[Vec<Record>]) {
         for records in script {
             self.append(records.clone());
             if !self.flush().await {
@@ -108,13 +109,13 @@ impl Run {
         }
     }
 
-    pub async fn close(self) {
+    pub(crate) async fn close(self) {
         self.wal.close().await.unwrap();
         self.writer.await.unwrap();
     }
 
     /// The process is gone.
-    pub async fn crash(self) -> Crashed {
+    pub(crate) async fn crash(self) -> Crashed {
         self.writer.abort();
         self.writer.await.ok();
         let order = self.order.lock().unwrap();
@@ -126,7 +127,7 @@ impl Run {
 }
 
 /// Everything a log holds, read back in small portions.
-pub fn read(wal: &Wal) -> Model {
+pub(crate) fn read(wal: &Wal) -> Model {
     let mut model = Model { state: wal.hard_state(), ..Model::default() };
     let mut next = LogIndex::new(0);
     loop {
@@ -145,7 +146,7 @@ fn insert(model: &mut Model, entries: Vec<Entry>) {
 
 impl Crashed {
     /// Opens what is left and checks that it is the model after some append that may be the last.
-    pub async fn check(&self, disk: &FaultDisk, seed: u64, what: &str) -> Model {
+    pub(crate) async fn check(&self, disk: &FaultDisk, seed: u64, what: &str) -> Model {
         let run = match Run::open(disk, seed).await {
             Ok(run) => run,
             Err(error) => panic!("{what}: does not open: {error}"),
@@ -157,7 +158,7 @@ impl Crashed {
     }
 
     /// Returns how many appends survived, at the least.
-    pub fn check_model(&self, found: &Model, what: &str) -> usize {
+    pub(crate) fn check_model(&self, found: &Model, what: &str) -> usize {
         let possible = &self.history[self.acknowledged..];
         match possible.iter().position(|model| model == found) {
             Some(position) => self.acknowledged + position,
@@ -177,7 +178,7 @@ impl Crashed {
 }
 
 /// The log can be used: takes an entry, and has it after an orderly stop.
-pub async fn check_usable(disk: &FaultDisk, seed: u64, what: &str) {
+pub(crate) async fn check_usable(disk: &FaultDisk, seed: u64, what: &str) {
     let mut run = Run::open(disk, seed).await.unwrap();
     let records = vec![crate::model::entry(9, run.model().next_index(), "after the crash")];
     run.append(records);
