@@ -34,7 +34,7 @@ pub struct Damage {
 pub enum OpenError {
     /// Something acknowledged may be lost: this node must not vote or acknowledge with this log.
     #[error("write-ahead log: {0}")]
-    Corrupt(#[from] Damage),
+    Corrupt(Box<Damage>),
     /// Another node's log, or another cluster's.
     #[error(
         "{} belongs to node {} of cluster {}, expected node {} of cluster {}",
@@ -66,6 +66,12 @@ pub enum OpenError {
         /// The kernel's answer.
         source: io::Error,
     },
+}
+
+impl From<Damage> for OpenError {
+    fn from(damage: Damage) -> Self {
+        Self::Corrupt(Box::new(damage))
+    }
 }
 
 impl OpenError {

@@ -174,6 +174,12 @@ pub enum Defect {
         /// Its number.
         expected: SegmentNo,
     },
+    /// A frame does not hold the entry that it held when it was written.
+    #[error("no entry {expected}")]
+    NoEntry {
+        /// Its index.
+        expected: LogIndex,
+    },
     /// Two slots claim the same segment.
     #[error("segment {found} is in two slots")]
     Duplicate {
@@ -799,3 +805,6 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     value.copy_from_slice(&bytes[at..at + 8]);
     u64::from_le_bytes(value)
 }
+
+#[cfg(test)]
+mod tests;

@@ -79,6 +79,7 @@ impl Wal {
             spares: found.spares.into_iter().map(Arc::new).collect(),
             blanks: found.blanks,
             removing: None,
+            taken: None,
             batcher: Batcher::new(policy),
             last_write: WriteSeq::new(0),
             queue: VecDeque::new(),
@@ -86,6 +87,7 @@ impl Wal {
             in_flight_done: Vec::new(),
             room: appender.room(),
             filler: FillerState::Ready,
+            filling: false,
             closing: false,
             closers: Vec::new(),
             failed: None,
@@ -112,6 +114,7 @@ impl Wal {
     /// changed and `done` is dropped.
     ///
     /// Votes are always urgent; without entries or votes, nothing is: a truncation or a purge waits for company.
+    /// Records of one call that fit one frame survive a crash together or not at all.
     pub fn append(
         &self,
         records: Vec<Record>,
@@ -133,7 +136,7 @@ impl Wal {
         state.view.check(&records)?;
         let before = state.batcher.step(now);
         let (count, bytes) = self.shared.accept(&mut state, now, records, urgency);
-        state.when_durable(Box::new(done));
+        let nothing_to_wait_for = state.when_durable(Box::new(done));
         let after = state.batcher.step(now);
         let evicted = state.batcher.durable().upto();
         state.view.evict(evicted, self.shared.options.cache_bytes);
@@ -142,6 +145,9 @@ impl Wal {
         add(&self.shared.counters.record_bytes, bytes);
         if before != after && matches!(after, Step::Write | Step::WaitUntil(_)) {
             self.shared.wake_writer.notify_one();
+        }
+        if let Some((done, durable)) = nothing_to_wait_for {
+            done(Ok(durable));
         }
         Ok(())
     }
@@ -154,7 +160,10 @@ impl Wal {
         if answer.is_none() {
             state.batcher.flush(self.shared.env.clock.now());
             // The receiver may be gone; then nobody asks any more.
-            state.when_durable(Box::new(move |result| drop(sender.send(result))));
+            let done = state.when_durable(Box::new(move |result| {
+                sender.send(result).ok();
+            }));
+            assert!(done.is_none(), "nothing to wait for, though something is not durable");
         }
         drop(state);
         self.shared.wake_writer.notify_one();
@@ -230,6 +239,8 @@ pub(super) struct State {
     blanks: Vec<usize>,
     /// The slot that is being removed; its number is not free yet.
     removing: Option<usize>,
+    /// The slot of a segment whose first barrier is under way: neither spare nor, yet, a segment.
+    taken: Option<usize>,
     batcher: Batcher,
     last_write: WriteSeq,
     /// Frames being gathered, oldest first. Only the last grows.
@@ -239,6 +250,8 @@ pub(super) struct State {
     /// Blocks left in the active segment, and how many it has.
     room: (u32, u32),
     filler: FillerState,
+    /// A slot is being filled: the filler wants to know when a barrier has returned.
+    filling: bool,
     closing: bool,
     closers: Vec<oneshot::Sender<Result<(), Failed>>>,
     failed: Option<Failed>,
@@ -266,6 +279,10 @@ pub(super) struct Batch {
 }
 
 /// What the writer does next.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "moved once per barrier, and a box would be allocated per barrier"
+)]
 pub(super) enum Next {
     Write(Batch),
     /// Nothing is pending and nobody will append.
@@ -300,6 +317,11 @@ impl Shared {
         urgency: Urgency,
     ) -> (u64, u64) {
         let raw_max = self.frame_raw_max();
+        // What fits one frame is never split over two, so it survives a crash as a whole or not at all.
+        let mut unsplit: usize = records.iter().map(format::record_bytes).sum();
+        if raw_max < unsplit {
+            unsplit = 0;
+        }
         let (mut count, mut bytes) = (0, 0);
         let mut needed = Urgency::RideAlong;
         for record in records {
@@ -313,8 +335,8 @@ impl Shared {
             });
             state.last_write = state.last_write.next();
             let last = state.last_write;
-            let full = state.queue.back().is_none_or(|b| raw_max < b.frame.raw_bytes() + size);
-            if full {
+            let room_for = size.max(mem::take(&mut unsplit));
+            if state.queue.back().is_none_or(|b| raw_max < b.frame.raw_bytes() + room_for) {
                 state.open_batch(now);
             }
             let after = state.view.state_after(&record);
@@ -374,8 +396,8 @@ impl Shared {
         let durable = state.batcher.finished();
         state.runs.apply(&effects, at, &hard);
         let segment = appender.segment();
-        if !state.segments.contains_key(&segment.number) {
-            state.segments.insert(segment.number, segment.clone());
+        if state.segments.insert(segment.number, segment.clone()).is_none() {
+            state.taken = None;
             state.retire(appender.oldest_live());
             add(&counters.segments_started, 1);
         }
@@ -384,9 +406,10 @@ impl Shared {
         state.idle_buffers.push(frame);
         state.idle_buffers.truncate(2);
         let done = mem::take(&mut state.in_flight_done);
-        let fill = state.wants_slot(&self.options) || state.has_too_many(&self.options);
+        let wake_filler =
+            state.filling || state.wants_slot(&self.options) || state.has_too_many(&self.options);
         drop(state);
-        if fill {
+        if wake_filler {
             self.wake_filler.notify_one();
         }
         for done in done {
@@ -411,7 +434,7 @@ impl Shared {
         }
         for closer in closers {
             // Whoever asked may be gone.
-            drop(closer.send(Err(failed.clone())));
+            closer.send(Err(failed.clone())).ok();
         }
     }
 
@@ -424,7 +447,7 @@ impl Shared {
         self.wake_filler.notify_one();
         for closer in closers {
             // Whoever asked may be gone.
-            drop(closer.send(Ok(())));
+            closer.send(Ok(())).ok();
         }
     }
 
@@ -440,7 +463,9 @@ impl Shared {
             Some(failed @ Failed::Io { .. }) => Some(Err(failed.clone())),
         };
         match (answer, closer) {
-            (Some(answer), Some(closer)) => drop(closer.send(answer)),
+            (Some(answer), Some(closer)) => {
+                closer.send(answer).ok();
+            }
             (None, Some(closer)) => state.closers.push(closer),
             (_, None) => {}
         }
@@ -465,6 +490,7 @@ impl Shared {
                     if matches!(state.filler, FillerState::Awaited | FillerState::Failed(_)) {
                         state.filler = FillerState::Ready;
                     }
+                    state.taken = Some(slot.number);
                     return Ok(slot);
                 }
                 match &state.filler {
@@ -483,10 +509,12 @@ impl Shared {
     pub(super) fn filler_job(&self) -> Job {
         let mut state = self.lock();
         state.removing = None;
+        state.filling = false;
         if state.failed.is_some() {
             return Job::Stop;
         }
         if state.wants_slot(&self.options) {
+            state.filling = true;
             let number = state.blanks.pop().unwrap_or_else(|| state.free_number());
             return Job::Fill(number);
         }
@@ -505,6 +533,7 @@ impl Shared {
     }
 
     pub(super) fn fill_failed(&self, failed: Failed) {
+        add(&self.counters.fill_failures, 1);
         let mut state = self.lock();
         if matches!(state.filler, FillerState::Awaited) {
             state.filler = FillerState::Failed(failed);
@@ -550,14 +579,15 @@ impl State {
         idle.then(|| self.batcher.durable())
     }
 
-    /// Calls back when everything accepted so far is durable.
-    fn when_durable(&mut self, done: Done) {
+    /// Calls back when everything accepted so far is durable. If it is already, the caller must call back, outside
+    /// the lock.
+    fn when_durable(&mut self, done: Done) -> Option<(Done, Durable)> {
         match self.queue.back_mut() {
             Some(batch) => batch.done.push(done),
             None if self.batcher.is_in_flight() => self.in_flight_done.push(done),
-            // Nothing was ever accepted that is not durable, and an append without records promises nothing.
-            None => done(Ok(self.batcher.durable())),
+            None => return Some((done, self.batcher.durable())),
         }
+        None
     }
 
     fn open_batch(&mut self, now: Instant) {
@@ -592,7 +622,7 @@ impl State {
     }
 
     fn slots(&self) -> usize {
-        self.segments.len() + self.spares.len()
+        self.segments.len() + self.spares.len() + usize::from(self.taken.is_some())
     }
 
     /// A slot should be filled: too few exist, or none is spare and the active segment is half full.
@@ -608,10 +638,9 @@ impl State {
 
     fn free_number(&self) -> usize {
         let segments = self.segments.values().map(|segment| segment.slot.number);
-        let used: Vec<usize> = segments
-            .chain(self.spares.iter().map(|slot| slot.number))
-            .chain(self.removing)
-            .collect();
+        let spares = self.spares.iter().map(|slot| slot.number);
+        let used: Vec<usize> =
+            segments.chain(spares).chain(self.removing).chain(self.taken).collect();
         prepare::free_number(|number| used.contains(&number))
     }
 }

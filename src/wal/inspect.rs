@@ -54,7 +54,7 @@ pub struct SegmentReport {
 pub fn verify(disk: &dyn Disk, dir: &Path) -> Result<Report, OpenError> {
     match read(disk, dir) {
         Ok(found) => Ok(report(&found)),
-        Err(OpenError::Corrupt(damage)) => Ok(Report { damage: Some(damage), ..empty() }),
+        Err(OpenError::Corrupt(damage)) => Ok(Report { damage: Some(*damage), ..empty() }),
         Err(error) => Err(error),
     }
 }

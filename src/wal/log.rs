@@ -223,6 +223,9 @@ impl Effect {
 pub(super) struct Run {
     pub(super) first: LogIndex,
     pub(super) at: FrameAt,
+    /// The segment they were written to first. It stays live even if they are read from a repetition: replaying
+    /// needs what led to the repeated frame.
+    home: SegmentNo,
 }
 
 /// Which frame holds which entry: one item per frame, not per entry.
@@ -237,7 +240,7 @@ impl Runs {
                 Effect::Entries(first) => {
                     self.truncate(|run| run.first < first || (run.at == at && run.first <= first));
                     if self.0.back().is_none_or(|run| run.at != at) {
-                        self.0.push_back(Run { first, at });
+                        self.0.push_back(Run { first, at, home: at.segment });
                     }
                 }
                 Effect::TruncateAfter(keep) => self.truncate(|run| Some(run.first) <= keep),
@@ -260,9 +263,9 @@ impl Runs {
         Some((*run, self.0.get(after).map(|next| next.first)))
     }
 
-    /// The oldest segment that holds a live entry.
+    /// The oldest segment that a live entry was written to.
     pub(super) fn oldest_segment(&self) -> Option<SegmentNo> {
-        self.0.front().map(|run| run.at.segment)
+        self.0.front().map(|run| run.home)
     }
 
     /// First index that stands in this segment or a newer one.
@@ -291,5 +294,145 @@ impl Runs {
         while self.0.get(1).is_some_and(|next| next.first <= first) {
             self.0.pop_front();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{NodeId, Term, Vote};
+
+    fn id(index: u64) -> LogId {
+        LogId { term: Term::new(1), leader: NodeId::new(1), index: LogIndex::new(index) }
+    }
+
+    fn entry(index: u64) -> Record {
+        Record::Entry { id: id(index), payload: vec![0; 10].into() }
+    }
+
+    fn state_after(records: &[Record]) -> HardState {
+        let mut state = HardState::default();
+        for record in records {
+            state.apply(&RecordRef::from(record)).unwrap();
+        }
+        state
+    }
+
+    fn ends(records: &[Record]) -> (Option<u64>, Option<u64>) {
+        let state = state_after(records);
+        (state.purged.map(|id| id.index.get()), state.last.map(|id| id.index.get()))
+    }
+
+    #[test]
+    fn hard_state_follows_the_records() {
+        use Record::{Purge, TruncateAfter};
+        let log = |more: &[Record]| ends(&[&[entry(1), entry(2), entry(3)], more].concat());
+        assert_eq!(ends(&[]), (None, None));
+        assert_eq!(log(&[]), (None, Some(3)));
+        assert_eq!(log(&[TruncateAfter(Some(id(1)))]), (None, Some(1)));
+        assert_eq!(log(&[TruncateAfter(Some(id(9)))]), (None, Some(3)), "truncating never extends");
+        assert_eq!(log(&[TruncateAfter(None)]), (None, None));
+        assert_eq!(log(&[Purge(id(2))]), (Some(2), Some(3)));
+        assert_eq!(
+            log(&[Purge(id(2)), Purge(id(1))]),
+            (Some(2), Some(3)),
+            "purging never goes back"
+        );
+        assert_eq!(log(&[Purge(id(9))]), (Some(9), Some(9)), "a snapshot ahead of the log");
+        assert_eq!(log(&[Purge(id(9)), entry(10)]), (Some(9), Some(10)));
+        assert_eq!(log(&[Purge(id(2)), TruncateAfter(Some(id(1)))]), (Some(2), Some(2)));
+        assert_eq!(log(&[Purge(id(2)), TruncateAfter(None), entry(3)]), (Some(2), Some(3)));
+
+        let vote = Vote { term: Term::new(5), node: NodeId::new(1), committed: false };
+        let state = state_after(&[Record::Vote(vote), Record::Committed(id(4))]);
+        assert_eq!((state.vote, state.committed), (Some(vote), Some(id(4))));
+    }
+
+    #[test]
+    fn entry_that_does_not_follow_is_refused_and_changes_nothing() {
+        let mut view = View::new(HardState::default());
+        view.accept(entry(7), WriteSeq::new(1));
+        let before = view.state();
+        for wrong in [7, 9] {
+            let refused = view.check(&[Record::Committed(id(7)), entry(wrong)]);
+            assert_eq!(refused, Err(Refused::Gap { found: id(wrong), last: id(7) }));
+        }
+        assert_eq!(view.state(), before);
+        assert_eq!(view.check(&[entry(8), Record::TruncateAfter(Some(id(7))), entry(8)]), Ok(()));
+    }
+
+    #[test]
+    fn cache_drops_only_what_is_durable() {
+        let mut view = View::new(HardState::default());
+        for index in 1..=5 {
+            view.accept(entry(index), WriteSeq::new(index));
+        }
+        view.evict(WriteSeq::new(2), 0);
+        assert_eq!(view.cached_from(), Some(LogIndex::new(3)));
+        view.evict(WriteSeq::new(5), 25);
+        assert_eq!(view.cached_from(), Some(LogIndex::new(4)));
+        assert_eq!(view.cached(LogIndex::new(3)), None);
+        assert_eq!(view.cached(LogIndex::new(5)).map(|entry| entry.id), Some(id(5)));
+        view.accept(Record::TruncateAfter(Some(id(4))), WriteSeq::new(6));
+        assert_eq!(view.cached(LogIndex::new(5)), None);
+        view.accept(Record::Purge(id(4)), WriteSeq::new(7));
+        assert_eq!(view.cached_from(), None);
+    }
+
+    fn at(segment: u64, block: u32) -> FrameAt {
+        FrameAt { segment: SegmentNo::new(segment), block, blocks: 1 }
+    }
+
+    /// Replays one frame after the other, as recovery does.
+    fn runs(frames: &[(FrameAt, &[Record])]) -> Runs {
+        let (mut runs, mut state) = (Runs::default(), HardState::default());
+        for (at, records) in frames {
+            let mut effects = Vec::new();
+            for record in *records {
+                let record = RecordRef::from(record);
+                state.apply(&record).unwrap();
+                Effect::note(&mut effects, &record);
+            }
+            runs.apply(&effects, *at, &state);
+        }
+        runs
+    }
+
+    fn found(runs: &Runs, index: u64) -> Option<FrameAt> {
+        runs.find(LogIndex::new(index)).map(|(run, _)| run.at)
+    }
+
+    #[test]
+    fn entries_are_found_in_the_frame_that_wrote_them_last() {
+        let keep = |index| Record::TruncateAfter(Some(id(index)));
+        let runs = runs(&[
+            (at(1, 1), &[entry(1), entry(2), entry(3)]),
+            (at(1, 2), &[entry(4), entry(5)]),
+            (at(1, 3), &[keep(3), entry(4), keep(2), entry(3)]),
+        ]);
+        assert_eq!(found(&runs, 2), Some(at(1, 1)));
+        assert_eq!(found(&runs, 3), Some(at(1, 3)));
+        assert_eq!(found(&runs, 0), None);
+    }
+
+    #[test]
+    fn purged_runs_are_forgotten_and_with_them_their_segments() {
+        let frames: [(FrameAt, &[Record]); 3] = [
+            (at(1, 1), &[entry(1), entry(2)]),
+            (at(2, 1), &[entry(3), entry(4)]),
+            (at(3, 1), &[Record::Purge(id(2)), entry(5)]),
+        ];
+        let mut runs = runs(&frames);
+        assert_eq!(runs.oldest_segment(), Some(SegmentNo::new(2)));
+        assert_eq!(runs.first(), Some(LogIndex::new(3)));
+
+        // A repetition elsewhere is read instead, but does not let go of the original's segment.
+        runs.repoint(at(3, 1), at(4, 1));
+        assert_eq!(found(&runs, 5), Some(at(4, 1)));
+        let state = state_after(&[Record::Purge(id(4)), entry(5)]);
+        runs.apply(&[], at(4, 2), &state);
+        assert_eq!(runs.oldest_segment(), Some(SegmentNo::new(3)));
+        runs.apply(&[], at(4, 3), &state_after(&[Record::Purge(id(5))]));
+        assert_eq!(runs.oldest_segment(), None);
     }
 }

@@ -61,6 +61,9 @@ mod writer;
 
 pub mod inspect;
 
+#[cfg(test)]
+mod tests;
+
 use std::time::Duration;
 
 use bytes::Bytes;

@@ -6,8 +6,8 @@
 //! # Shape
 //!
 //! [`Filler`] runs on its own thread (or as its own task), because the barriers of filling must not delay those of
-//! the log. It fills small chunks with a pause between them, never starts one while the log's barrier is in flight,
-//! and hurries only when the writer waits for it.
+//! the log. It fills small chunks with a pause between them, lets a barrier that is in flight return first, and
+//! hurries only when the writer waits for it.
 //!
 //! # Invariants
 //!
@@ -22,6 +22,8 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+
+use futures_util::future::{Either, select};
 
 use super::format::{BLOCK, SlotHeader};
 use super::handle::Shared;
@@ -131,11 +133,10 @@ impl Filler {
                 Job::Remove(slot) => {
                     // Failing to remove leaves a file that the next start finds and uses.
                     let removed = self.shared.env.disk.remove(&slot.path);
-                    if removed
-                        .and_then(|()| self.shared.env.disk.sync_dir(&self.shared.dir))
-                        .is_err()
-                    {
-                        self.pause(RETRY_PAUSE).await;
+                    let synced =
+                        removed.and_then(|()| self.shared.env.disk.sync_dir(&self.shared.dir));
+                    if synced.is_err() {
+                        self.pause_unless_awaited(RETRY_PAUSE).await;
                     }
                 }
                 Job::Fill(number) => self.fill(number).await,
@@ -150,7 +151,7 @@ impl Filler {
             Err(error) => {
                 let path = segment::path_of(&self.shared.dir, number);
                 self.shared.fill_failed(Failed::io("fill", &path)(error));
-                self.pause(RETRY_PAUSE).await;
+                self.pause_unless_awaited(RETRY_PAUSE).await;
             }
         }
     }
@@ -163,8 +164,10 @@ impl Filler {
         let zeros = vec![0; CHUNK_BYTES];
         let mut offset = 0;
         while offset < slot_bytes {
-            while shared.must_filling_wait() {
-                self.pause(shared.options.fill_pause).await;
+            // One barrier is waited for, not more: under load there is always another, and a slot that is not
+            // ready in time stalls everybody.
+            if shared.must_filling_wait() {
+                shared.wake_filler.notified().await;
             }
             let bytes = fill_chunk(file.as_ref(), &zeros, offset, slot_bytes)?;
             file.sync().await?;
@@ -184,6 +187,18 @@ impl Filler {
     /// Sleeps, but not longer than until something changes.
     async fn pause(&self, duration: Duration) {
         let sleep = self.shared.env.clock.sleep(duration);
-        futures_util::future::select(sleep, Box::pin(self.shared.wake_filler.notified())).await;
+        select(sleep, Box::pin(self.shared.wake_filler.notified())).await;
+    }
+
+    /// Sleeps until the writer needs a slot or the log closes, but not longer than this.
+    async fn pause_unless_awaited(&self, duration: Duration) {
+        let mut sleep = self.shared.env.clock.sleep(duration);
+        while !self.shared.is_spare_awaited() && !self.shared.is_closed() {
+            let changed = Box::pin(self.shared.wake_filler.notified());
+            match select(sleep, changed).await {
+                Either::Left(_) => return,
+                Either::Right(((), unfinished)) => sleep = unfinished,
+            }
+        }
     }
 }

@@ -10,11 +10,11 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
-use super::format::{RecordRef, records};
+use super::format::{Defect, RecordRef, records};
 use super::log::{FrameAt, Runs};
 use super::segment::{ReadError, Segment};
 use super::{Entry, Wal};
-use crate::types::LogIndex;
+use crate::types::{LogId, LogIndex};
 
 /// What the lock gave us.
 enum Lookup {
@@ -23,7 +23,7 @@ enum Lookup {
     /// From memory.
     Cached,
     /// Read this frame for entries before an index.
-    InFrame(Segment, FrameAt, Option<LogIndex>),
+    InFrame(Segment, FrameAt, LogIndex),
     /// The log was truncated since we started.
     Truncated,
 }
@@ -41,7 +41,6 @@ impl Wal {
                     Lookup::Truncated => continue 'again,
                     Lookup::End | Lookup::Cached => return Ok(found.entries),
                     Lookup::InFrame(segment, at, before) => {
-                        let before = before.map_or(range.end, |before| before.min(range.end));
                         match read_frame(&segment, at, next, before, &mut found) {
                             Ok(after) => next = after,
                             Err(error) => {
@@ -83,7 +82,7 @@ impl Wal {
         if state.view.cached_from().is_some_and(|from| from <= *next) {
             while *next < end
                 && let Some(entry) = state.view.cached(*next)
-                && found.push(entry.id.index, || entry.clone())
+                && found.push(entry.clone())
             {
                 *next = next.next();
             }
@@ -92,7 +91,9 @@ impl Wal {
         match state.runs.find(*next) {
             Some((run, before)) => match state.segments.get(&run.at.segment) {
                 Some(segment) => {
-                    let before = before.into_iter().chain(state.view.cached_from()).min();
+                    // The frame may hold more than is live: its end may have been truncated, not yet durably.
+                    let ends = [before, state.view.cached_from(), Some(last.index.next())];
+                    let before = ends.into_iter().flatten().fold(end, LogIndex::min);
                     Lookup::InFrame(segment.clone(), run.at, before)
                 }
                 None => unreachable!("entry {next} is in segment {}, not live", run.at.segment),
@@ -124,11 +125,7 @@ impl Wal {
     }
 }
 
-pub(super) fn damaged(
-    segment: &Segment,
-    at: FrameAt,
-    defect: &super::format::Defect,
-) -> super::Damage {
+pub(super) fn damaged(segment: &Segment, at: FrameAt, defect: &Defect) -> super::Damage {
     super::Damage {
         path: segment.slot.path.clone(),
         segment: Some(at.segment),
@@ -151,14 +148,12 @@ impl Found {
     }
 
     /// Adds an entry unless that would exceed the limit.
-    fn push(&mut self, index: LogIndex, entry: impl FnOnce() -> Entry) -> bool {
-        let entry = entry();
+    fn push(&mut self, entry: Entry) -> bool {
         let bytes = self.bytes.saturating_add(entry.payload.len() as u64);
         if !self.entries.is_empty() && self.bytes_max < bytes {
             self.bytes = self.bytes_max;
             return false;
         }
-        debug_assert_eq!(index, entry.id.index);
         self.bytes = bytes;
         self.entries.push(entry);
         true
@@ -177,7 +172,7 @@ pub(super) fn read_frame(
 ) -> Result<LogIndex, ReadError> {
     let mut raw = Vec::new();
     let frame = segment.read(at, &mut raw)?;
-    let mut live: Vec<(crate::types::LogId, &[u8])> = Vec::new();
+    let mut live: Vec<(LogId, &[u8])> = Vec::new();
     for record in records(&raw, frame.records) {
         if let RecordRef::Entry { id, payload } = record? {
             while live.last().is_some_and(|(last, _)| id.index <= last.index) {
@@ -188,18 +183,20 @@ pub(super) fn read_frame(
     }
     let mut next = from;
     for (id, payload) in live {
-        if id.index < from || before <= id.index {
+        if id.index < next || before <= id.index {
             continue;
         }
-        let entry = || Entry { id, payload: Bytes::copy_from_slice(payload) };
-        if id.index != next || !found.push(id.index, entry) {
+        if id.index != next {
             break;
+        }
+        if !found.push(Entry { id, payload: Bytes::copy_from_slice(payload) }) {
+            return Ok(next);
         }
         next = next.next();
     }
     if next == from {
         // The index says that it is here.
-        return Err(super::format::Defect::Missing { expected: at.segment }.into());
+        return Err(Defect::NoEntry { expected: from }.into());
     }
     Ok(next)
 }

@@ -455,19 +455,23 @@ impl<'a> Replay<'a> {
         raw: &[u8],
     ) -> Result<(), OpenError> {
         let at = FrameAt { segment: segment.number, block: frame.block, blocks: frame.blocks() };
-        let repeated = frame.replaces != 0
-            && self.content.as_ref().is_some_and(|content| {
-                Some(content.before.seq) == frame.seq.checked_sub(u64::from(frame.replaces))
-            });
-        if repeated {
-            if let Some(content) = &mut self.content {
+        let before = self.position;
+        let first_repeated = frame.seq.checked_sub(u64::from(frame.replaces));
+        match &mut self.content {
+            Some(content) if frame.replaces != 0 && first_repeated == Some(content.before.seq) => {
                 self.runs.repoint(content.at, at);
                 content.at = at;
             }
-        } else {
-            let before = self.position;
-            self.apply(segment, frame, raw, at)?;
-            self.content = Some(Content { before, at, raw: raw.to_vec(), records: frame.records });
+            // Replaying starts behind the frame that is repeated: its entries are purged, the rest is in the
+            // header. There is nothing to apply, and nothing to repeat.
+            None if frame.replaces != 0 && frame.seq == before.seq => {
+                self.content = Some(Content { before, at, raw: Vec::new(), records: 0 });
+            }
+            _ => {
+                self.apply(segment, frame, raw, at)?;
+                let raw = raw.to_vec();
+                self.content = Some(Content { before, at, raw, records: frame.records });
+            }
         }
         self.recovery.frames += 1;
         self.recovery.clean = frame.flags.has(super::format::Flags::CLOSE);
@@ -592,6 +596,8 @@ pub(super) async fn open(
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         disk.sync_dir(parent).map_err(OpenError::io("sync", parent))?;
     }
+    // A slot that an earlier process made may have a name that only the kernel remembers.
+    disk.sync_dir(dir).map_err(OpenError::io("sync", dir))?;
     let mut found = replay(disk, dir, Open::Write, Some(identity))?;
     let mut frame = FrameBuffer::new();
     let (mut appender, repeats) = match found.tail.take() {

@@ -45,6 +45,8 @@ pub struct Stats {
     pub bytes_written: u64,
     /// Bytes written to fill slots ahead.
     pub fill_bytes: u64,
+    /// Attempts to fill a slot that failed; most likely the card is full.
+    pub fill_failures: u64,
     /// Segments started.
     pub segments_started: u64,
     /// Records per frame.
@@ -66,6 +68,7 @@ pub(super) struct Counters {
     pub(super) barriers: AtomicU64,
     pub(super) bytes_written: AtomicU64,
     pub(super) fill_bytes: AtomicU64,
+    pub(super) fill_failures: AtomicU64,
     pub(super) segments_started: AtomicU64,
     pub(super) batch_records: Buckets,
     pub(super) barrier_micros: Buckets,
@@ -102,6 +105,7 @@ impl Counters {
             barriers: self.barriers.load(Relaxed),
             bytes_written: self.bytes_written.load(Relaxed),
             fill_bytes: self.fill_bytes.load(Relaxed),
+            fill_failures: self.fill_failures.load(Relaxed),
             segments_started: self.segments_started.load(Relaxed),
             batch_records: self.batch_records.snapshot(),
             barrier_micros: self.barrier_micros.snapshot(),
