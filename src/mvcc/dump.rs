@@ -53,21 +53,23 @@ pub struct DumpSummary {
 impl ReadTxn {
     /// Calls `visit` with every record of every table, in order, each checked.
     pub(super) fn each_record(&self, visit: &mut VisitRecord<'_>) -> Result<(), StoreError> {
-        for item in self.rev.iter()? {
-            let (key, value) = item?;
-            format::check(Table::Rev, key.value(), value.value())?;
-            visit(Table::Rev, key.value(), value.value())?;
-        }
-        each_of(Table::Cur, &self.cur, visit)?;
-        each_of(Table::Lease, &self.txn.open_table(LEASE)?, visit)?;
-        each_of(Table::LeaseKey, &self.txn.open_table(LEASE_KEY)?, visit)?;
-        each_of(Table::Meta, &self.meta, visit)
+        self.checked(|| {
+            for item in self.rev.iter()? {
+                let (key, value) = item?;
+                format::check(Table::Rev, key.value(), value.value())?;
+                visit(Table::Rev, key.value(), value.value())?;
+            }
+            each_of(Table::Cur, &self.cur, visit)?;
+            each_of(Table::Lease, &self.txn.open_table(LEASE)?, visit)?;
+            each_of(Table::LeaseKey, &self.txn.open_table(LEASE_KEY)?, visit)?;
+            each_of(Table::Meta, &self.meta, visit)
+        })
     }
 
     /// Writes the whole state of this moment as a stream for [`super::Store::restore`].
     pub fn dump(&self, out: &mut dyn Write) -> Result<DumpSummary, StoreError> {
-        out.write_all(MAGIC)?;
-        out.write_all(&STREAM_VERSION.to_le_bytes())?;
+        send(out, MAGIC)?;
+        send(out, &STREAM_VERSION.to_le_bytes())?;
         let (mut raw, mut records, mut hasher) = (Vec::new(), 0_u64, StateHasher::new());
         self.each_record(&mut |table, key, value| {
             hasher.record(table, key, value);
@@ -91,7 +93,7 @@ impl ReadTxn {
         end.extend_from_slice(&records.to_le_bytes());
         end.extend_from_slice(&summary.hash.0);
         write_chunk(out, KIND_END, END_BYTES, &end)?;
-        out.flush()?;
+        out.flush().map_err(not_carried)?;
         Ok(summary)
     }
 }
@@ -162,9 +164,8 @@ fn write_chunk(out: &mut dyn Write, kind: u8, raw: usize, packed: &[u8]) -> Resu
     header[5..9].copy_from_slice(&length(packed)?.to_le_bytes());
     let crc = crc32c::crc32c_append(crc32c::crc32c(&header[..9]), packed);
     header[9..].copy_from_slice(&crc.to_le_bytes());
-    out.write_all(&header)?;
-    out.write_all(packed)?;
-    Ok(())
+    send(out, &header)?;
+    send(out, packed)
 }
 
 fn read_chunk(input: &mut dyn Read) -> Result<Chunk, StoreError> {
@@ -308,9 +309,18 @@ fn fill(input: &mut dyn Read, buffer: &mut [u8], what: &str) -> Result<(), Store
         if error.kind() == io::ErrorKind::UnexpectedEof {
             stream(format!("cut off in {what}"))
         } else {
-            StoreError::Io(error)
+            not_carried(error)
         }
     })
+}
+
+fn send(out: &mut dyn Write, bytes: &[u8]) -> Result<(), StoreError> {
+    out.write_all(bytes).map_err(not_carried)
+}
+
+/// Whatever carries the stream failed: nothing is wrong with the store.
+fn not_carried(error: io::Error) -> StoreError {
+    stream(error.to_string())
 }
 
 fn length(bytes: &[u8]) -> Result<u32, StoreError> {

@@ -4,7 +4,7 @@ use std::io;
 
 use thiserror::Error;
 
-use super::backend;
+use super::backend::{self, Failure, Fault, OpenError};
 use crate::types::LogId;
 
 /// The store failed underneath: nothing a client did.
@@ -27,18 +27,18 @@ pub enum StoreError {
         /// The newest version this build reads.
         supported: u32,
     },
-    /// Reading or writing failed. The handle is of no use any more; the store has to be opened anew.
+    /// The files around the store cannot be made, renamed or removed.
     #[error("state file: {0}")]
     Io(#[from] io::Error),
-    /// An earlier I/O error has made the handle useless; the store has to be opened anew.
-    #[error("state file was closed after an earlier I/O error")]
+    /// The store was closed.
+    #[error("state file is closed")]
     Closed,
     /// The file cannot be opened.
     #[error(transparent)]
-    Open(#[from] backend::OpenError),
+    Open(#[from] OpenError),
     /// Writing to the card failed, or a block read from it is not what was written.
     #[error(transparent)]
-    Card(#[from] backend::Failure),
+    Card(Failure),
     /// The file was to be replaced, and a write came in meanwhile. Nothing was changed.
     #[error("state file was written while it was being replaced; nothing was changed, try again")]
     Overtaken,
@@ -62,14 +62,70 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// What it means for the node; `None` if the store is as good as before.
+    pub fn fault(&self) -> Option<Fault> {
+        match self {
+            Self::Damaged { .. } => Some(Fault::Damaged),
+            Self::Card(failure) => Some(failure.fault()),
+            Self::Io(error) | Self::Open(OpenError::Io(error)) => {
+                Some(if backend::is_full(error) { Fault::Full } else { Fault::Card })
+            }
+            Self::Open(
+                OpenError::Length { .. }
+                | OpenError::NotBlocks(_)
+                | OpenError::Unverified(_)
+                | OpenError::Damaged(_),
+            ) => Some(Fault::Damaged),
+            Self::Format { .. }
+            | Self::Closed
+            | Self::Overtaken
+            | Self::Entry { .. }
+            | Self::Stopping
+            | Self::Stream(_)
+            | Self::Engine(_) => None,
+        }
+    }
+
     /// Whether the card is full: deletes and compaction may help, a new card need not.
     pub fn is_no_space(&self) -> bool {
-        matches!(self, Self::Io(error) if error.kind() == io::ErrorKind::StorageFull)
-            || matches!(self, Self::Card(failure) if failure.is_full())
+        self.fault() == Some(Fault::Full)
+    }
+
+    /// Whether stored bytes are not what was written: this node's copy must not be served any more.
+    pub fn is_damage(&self) -> bool {
+        self.fault() == Some(Fault::Damaged)
+    }
+
+    /// What has made the file useless, if this is about the file.
+    pub(super) fn failure(&self) -> Option<Failure> {
+        match self {
+            Self::Damaged { table, what } => Some(Failure::Record { table, what: what.clone() }),
+            Self::Card(failure) => Some(failure.clone()),
+            Self::Format { .. }
+            | Self::Io(_)
+            | Self::Closed
+            | Self::Open(_)
+            | Self::Overtaken
+            | Self::Entry { .. }
+            | Self::Stopping
+            | Self::Stream(_)
+            | Self::Engine(_) => None,
+        }
     }
 
     pub(super) fn damaged(table: &'static str, what: impl Into<String>) -> Self {
         Self::Damaged { table, what: what.into() }
+    }
+}
+
+impl From<Failure> for StoreError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Record { table, what } => Self::Damaged { table, what },
+            card @ (Failure::Io { .. } | Failure::Damaged(_) | Failure::Abandoned) => {
+                Self::Card(card)
+            }
+        }
     }
 }
 
@@ -78,7 +134,10 @@ impl From<redb::Error> for StoreError {
     fn from(error: redb::Error) -> Self {
         match error {
             redb::Error::Corrupted(what) => Self::damaged("file", what),
-            redb::Error::Io(error) => Self::Io(error),
+            redb::Error::Io(error) => match Failure::inside(&error) {
+                Some(failure) => Self::Card(failure.clone()),
+                None => Self::Io(error),
+            },
             redb::Error::PreviousIo | redb::Error::DatabaseClosed => Self::Closed,
             redb::Error::TableDoesNotExist(table) => {
                 Self::damaged("file", format!("table {table} is missing"))

@@ -65,6 +65,13 @@ impl ReadTxn {
         &self,
         at: Option<Revision>,
     ) -> Result<Result<KvHash, RevisionError>, StoreError> {
+        self.checked(|| self.read_hash_kv(at))
+    }
+
+    fn read_hash_kv(
+        &self,
+        at: Option<Revision>,
+    ) -> Result<Result<KvHash, RevisionError>, StoreError> {
         let upto = match self.resolve(at.map_or(0, Revision::get)) {
             Ok(upto) => upto,
             Err(error) => return Ok(Err(error)),

@@ -28,6 +28,7 @@
 pub mod backend;
 mod compaction;
 mod dump;
+mod engine;
 mod error;
 mod format;
 mod hash;
@@ -46,6 +47,7 @@ use bytes::Bytes;
 use crate::proto::mvccpb::{Event, KeyValue};
 use crate::types::{LeaseId, Revision};
 
+pub use backend::{Failure, Fault};
 pub use dump::DumpSummary;
 pub use error::StoreError;
 pub use format::Position;

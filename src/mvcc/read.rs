@@ -11,7 +11,7 @@ use crate::types::{ClusterId, LeaseId, LogId, NodeId, Revision};
 use super::format::{
     self, HEAD_KEY, Head, LeaseValue, MEMBERSHIP_KEY, POSITION_BYTES, Position, RevRecord, Table,
 };
-use super::store::Engine;
+use super::engine::Engine;
 use super::view::{self, Entry, Keys, RevKey, Slice, View, Visit};
 use super::{KeyRange, LeaseRecord, RevisionEvents, StoreError};
 
@@ -30,7 +30,7 @@ pub struct ReadTxn {
     pub(super) meta: ReadOnlyTable<Slice, Slice>,
     pub(super) txn: ReadTransaction,
     /// Last, because closing the file makes open transactions useless.
-    _engine: Arc<Engine>,
+    engine: Arc<Engine>,
 }
 
 impl std::fmt::Debug for ReadTxn {
@@ -50,7 +50,7 @@ impl ReadTxn {
             rev: txn.open_table(REV)?,
             meta,
             txn,
-            _engine: engine,
+            engine,
         })
     }
 
@@ -58,6 +58,14 @@ impl ReadTxn {
         &self,
     ) -> Keys<'_, ReadOnlyTable<Slice, Slice>, ReadOnlyTable<RevKey, Slice>> {
         Keys { cur: &self.cur, rev: &self.rev, compacted: self.head.compacted }
+    }
+
+    /// Runs a read. Damage that it meets is told to whoever awaits [`super::Store::failed`].
+    pub(super) fn checked<T>(
+        &self,
+        read: impl FnOnce() -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        self.engine.noted(read())
     }
 
     /// The newest revision.
@@ -80,7 +88,7 @@ impl ReadTxn {
         if revision.get() <= self.head.compacted {
             return Ok(None);
         }
-        self.keys().before(key, revision)
+        self.checked(|| self.keys().before(key, revision))
     }
 
     /// Events from `from` on, oldest first, whole revisions, until about `bytes_max` were read (always at
@@ -89,6 +97,15 @@ impl ReadTxn {
     /// The second value: every revision below or equal to it was looked at. Whether `from` is compacted is
     /// for the caller to ask first; what is gone is simply not in the answer.
     pub fn events(
+        &self,
+        from: Revision,
+        range: Option<&KeyRange>,
+        bytes_max: usize,
+    ) -> Result<(Vec<RevisionEvents>, Revision), StoreError> {
+        self.checked(|| self.read_events(from, range, bytes_max))
+    }
+
+    fn read_events(
         &self,
         from: Revision,
         range: Option<&KeyRange>,
@@ -122,11 +139,15 @@ impl ReadTxn {
 
     /// One lease.
     pub fn lease(&self, id: LeaseId) -> Result<Option<LeaseRecord>, StoreError> {
-        view::lease(&self.txn.open_table(LEASE)?, id)
+        self.checked(|| view::lease(&self.txn.open_table(LEASE)?, id))
     }
 
     /// All leases, by id.
     pub fn leases(&self) -> Result<Vec<LeaseRecord>, StoreError> {
+        self.checked(|| self.read_leases())
+    }
+
+    fn read_leases(&self) -> Result<Vec<LeaseRecord>, StoreError> {
         let mut leases = Vec::new();
         for item in self.txn.open_table(LEASE)?.iter()? {
             let (key, bytes) = item?;
@@ -145,21 +166,23 @@ impl ReadTxn {
 
     /// Keys attached to a lease, sorted.
     pub fn lease_keys(&self, id: LeaseId) -> Result<Vec<Bytes>, StoreError> {
-        lease_keys(&self.txn.open_table(LEASE_KEY)?, id)
+        self.checked(|| lease_keys(&self.txn.open_table(LEASE_KEY)?, id))
     }
 
     /// Alarms: (member, etcd's alarm type).
     pub fn alarms(&self) -> Result<Vec<(NodeId, i32)>, StoreError> {
-        alarms(&self.meta)
+        self.checked(|| alarms(&self.meta))
     }
 
     /// What [`super::WriteTxn::set_membership`] stored.
     pub fn membership(&self) -> Result<Option<Bytes>, StoreError> {
-        let Some(bytes) = self.meta.get(MEMBERSHIP_KEY)? else {
-            return Ok(None);
-        };
-        let blob = format::decode_plain(Table::Meta, MEMBERSHIP_KEY, bytes.value())?;
-        Ok(Some(Bytes::copy_from_slice(blob)))
+        self.checked(|| {
+            let Some(bytes) = self.meta.get(MEMBERSHIP_KEY)? else {
+                return Ok(None);
+            };
+            let blob = format::decode_plain(Table::Meta, MEMBERSHIP_KEY, bytes.value())?;
+            Ok(Some(Bytes::copy_from_slice(blob)))
+        })
     }
 
     /// The last applied entry.
@@ -183,7 +206,7 @@ impl View for ReadTxn {
     }
 
     fn entry(&self, key: &[u8], at: Revision) -> Result<Option<Entry>, StoreError> {
-        self.keys().entry(key, at)
+        self.checked(|| self.keys().entry(key, at))
     }
 
     fn visit(
@@ -192,11 +215,11 @@ impl View for ReadTxn {
         at: Revision,
         visit: &mut Visit<'_>,
     ) -> Result<(), StoreError> {
-        self.keys().visit(range, at, visit)
+        self.checked(|| self.keys().visit(range, at, visit))
     }
 
     fn load(&self, key: &[u8], entry: &Entry) -> Result<KeyValue, StoreError> {
-        self.keys().load(key, entry)
+        self.checked(|| self.keys().load(key, entry))
     }
 
     fn lease(&self, id: LeaseId) -> Result<Option<LeaseRecord>, StoreError> {

@@ -9,22 +9,24 @@
 //! - At most one writer. A replacement that a write overtook fails and changes nothing.
 //! - The name `state.redb` always refers to a complete file.
 //! - A commit is durable only when its [`Checkpoint`] says so, after a replacement, or after [`Store::close`].
+//! - A file that was replaced is never written again under its old name, and what befalls it is nobody's business.
 
 use std::future::Future;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
-use redb::{Builder, Database, Durability, ReadTransaction, ReadableDatabase, StorageBackend};
+use redb::{Durability, StorageBackend};
+use tokio::sync::watch;
 
 use crate::env::Env;
 use crate::types::LogId;
 
-use super::backend::{self, Backend, Drain, Epoch};
+use super::backend::{self, Epoch, Failure, Operation, Reports, blocking};
 use super::dump::{self, Loader};
-use super::format::{self, FORMAT_KEY, Head};
-use super::read::{self, META};
+use super::engine::Engine;
+use super::format::Head;
 use super::{DumpSummary, ReadTxn, StoreError, StoreSize, WriteTxn, write};
 
 /// Who carries writes to the card.
@@ -56,17 +58,16 @@ struct Inner {
     env: Env,
     path: PathBuf,
     options: Options,
-    engine: RwLock<Arc<Engine>>,
+    /// `None` once closed.
+    engine: RwLock<Option<Arc<Engine>>>,
     /// Held by the writer; counts commits, so that a replacement notices that it was overtaken.
     commits: Mutex<u64>,
+    /// Held while a file is built beside this one, which has only one name for that.
+    replacing: tokio::sync::Mutex<()>,
+    /// What whichever file is open tells of itself.
+    reports: Reports,
     /// [`Head::bytes`] after the last commit.
     bytes: AtomicU64,
-}
-
-/// One open file.
-pub(super) struct Engine {
-    database: Database,
-    backend: Backend,
 }
 
 /// A durable commit on its way to the card.
@@ -84,123 +85,43 @@ impl Checkpoint {
         self.applied
     }
 
-    /// Completes when the state survives a power cut.
+    /// Completes when the state survives a power cut. While the card is full that is an error, although the
+    /// state may become durable later: see [`Store::starved`].
     pub async fn durable(self) -> Result<(), StoreError> {
-        Ok(self.engine.backend.wait_durable(self.epoch).await?)
-    }
-}
-
-impl std::fmt::Debug for Engine {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Engine")
-    }
-}
-
-fn start(drain: Drain, on: DrainOn) -> Result<(), StoreError> {
-    match on {
-        // Neither handle is needed: the drain reports through the backend, and ends when the database closes.
-        DrainOn::Thread => drop(drain.spawn_thread()?),
-        DrainOn::Task => drop(tokio::spawn(drain.run())),
-    }
-    Ok(())
-}
-
-impl Engine {
-    fn open(env: &Env, path: &Path, options: &Options) -> Result<Self, StoreError> {
-        let (backend, drain) = Backend::open(env, path, backend::Options::default())?;
-        start(drain, options.drain)?;
-        let database = Builder::new()
-            .set_cache_size(options.cache_bytes)
-            .create_with_backend(backend.clone())?;
-        Ok(Self { database, backend })
-    }
-
-    /// Closes the file and waits until everything is on the card.
-    async fn close(self) -> Result<(), StoreError> {
-        let drained = self.backend.drained();
-        drop(self);
-        Ok(drained.await?)
-    }
-
-    pub(super) fn begin_read(&self) -> Result<ReadTransaction, StoreError> {
-        Ok(self.database.begin_read()?)
-    }
-
-    /// Whether the file has our tables; checks that this build can read them.
-    fn is_founded(&self) -> Result<bool, StoreError> {
-        let txn = self.begin_read()?;
-        let meta = match txn.open_table(META) {
-            Ok(meta) => meta,
-            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(false),
-            Err(error) => return Err(error.into()),
-        };
-        let Some(bytes) = meta.get(FORMAT_KEY)? else {
-            return Err(StoreError::damaged("meta", "record format is missing"));
-        };
-        match format::decode_file_version(bytes.value())? {
-            ..=format::FILE_VERSION => Ok(true),
-            found => Err(StoreError::Format { found, supported: format::FILE_VERSION }),
-        }
-    }
-
-    /// Runs `body` as one transaction: all of it, or nothing.
-    fn write<T>(
-        &self,
-        durability: Durability,
-        begin: impl for<'txn> FnOnce(&'txn redb::WriteTransaction) -> Result<WriteTxn<'txn>, StoreError>,
-        body: impl FnOnce(&mut WriteTxn<'_>) -> Result<T, StoreError>,
-    ) -> Result<(T, Head), StoreError> {
-        let mut txn = self.database.begin_write()?;
-        txn.set_durability(durability)?;
-        txn.set_quick_repair(matches!(durability, Durability::Immediate));
-        let done = begin(&txn).and_then(|mut writer| {
-            let value = body(&mut writer)?;
-            Ok((value, writer.finish()?))
-        });
-        match done {
-            Ok(done) => {
-                txn.commit()?;
-                Ok(done)
-            }
-            Err(error) => {
-                // The first error says what happened; a failing undo only leaves the handle useless, and
-                // the next call reports that.
-                let _: Result<(), redb::StorageError> = txn.abort();
-                Err(error)
-            }
-        }
-    }
-
-    /// Begins to make everything committed so far durable, and the next open quick.
-    fn checkpoint(&self) -> Result<Epoch, StoreError> {
-        let mut txn = self.database.begin_write()?;
-        txn.set_durability(Durability::Immediate)?;
-        txn.set_quick_repair(true);
-        txn.commit()?;
-        Ok(self.backend.epoch())
+        let durable = self.engine.backend.wait_durable(self.epoch).await;
+        self.engine.noted(durable.map_err(StoreError::from))
     }
 }
 
 impl Store {
-    /// Opens the file, making it if it is not there.
+    /// Opens the file, making it if it is not there. Reads and writes files, so it blocks.
     pub fn open(env: &Env, path: &Path, options: &Options) -> Result<Self, StoreError> {
         backend::remove(env, &incoming_path(path))?;
-        let engine = Engine::open(env, path, options)?;
+        let reports = Reports::default();
+        let engine = Engine::open(env, path, options, &reports)?;
         if !engine.is_founded()? {
             engine.write(Durability::Immediate, write::found, |_| Ok(()))?;
         }
-        Self::with(env, path, options, engine)
+        Self::with(env, path, options, engine, reports)
     }
 
-    fn with(env: &Env, path: &Path, options: &Options, engine: Engine) -> Result<Self, StoreError> {
-        let head = read::read_head(&engine.begin_read()?.open_table(META)?)?;
+    fn with(
+        env: &Env,
+        path: &Path,
+        options: &Options,
+        engine: Engine,
+        reports: Reports,
+    ) -> Result<Self, StoreError> {
+        let head = engine.head()?;
         Ok(Self {
             inner: Arc::new(Inner {
                 env: env.clone(),
                 path: path.to_path_buf(),
                 options: *options,
-                engine: RwLock::new(Arc::new(engine)),
+                engine: RwLock::new(Some(Arc::new(engine))),
                 commits: Mutex::new(0),
+                replacing: tokio::sync::Mutex::new(()),
+                reports,
                 bytes: AtomicU64::new(head.bytes),
             }),
         })
@@ -214,13 +135,23 @@ impl Store {
         input: &mut (dyn Read + Send),
     ) -> Result<Self, StoreError> {
         build_beside(env, path, options, |engine| load(engine, input)).await?;
-        install(env, path)?;
-        Self::with(env, path, options, Engine::open(env, path, options)?)
+        blocking(|| {
+            backend::install(env, &incoming_path(path), path)?;
+            let reports = Reports::default();
+            let engine = Engine::open(env, path, options, &reports)?;
+            Self::with(env, path, options, engine, reports)
+        })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.inner.path
     }
 
     /// The moment after the last applied command.
     pub fn read(&self) -> Result<ReadTxn, StoreError> {
-        ReadTxn::begin(self.engine())
+        let engine = self.engine()?;
+        engine.noted(ReadTxn::begin(Arc::clone(&engine)))
     }
 
     /// Runs `body` with the writer. What it did becomes visible as a whole when it succeeds, and is undone when
@@ -229,8 +160,11 @@ impl Store {
         &self,
         body: impl FnOnce(&mut WriteTxn<'_>) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        let _writer = self.writer();
-        let (value, head) = self.engine().write(Durability::None, write::begin, body)?;
+        let mut commits = self.writer();
+        let engine = self.engine()?;
+        let written = engine.write(Durability::None, write::begin, body);
+        let (value, head) = engine.noted(written)?;
+        *commits += 1;
         self.inner.bytes.store(head.bytes, Ordering::Relaxed);
         Ok(value)
     }
@@ -239,31 +173,37 @@ impl Store {
     /// durable up to the last applied entry before.
     pub fn checkpoint(&self) -> Result<Checkpoint, StoreError> {
         let _commits = self.writer();
-        let engine = self.engine();
-        let applied = ReadTxn::begin(Arc::clone(&engine))?.applied();
-        let epoch = engine.checkpoint()?;
+        let engine = self.engine()?;
+        let begin = || Ok((engine.head()?.applied, engine.checkpoint()?));
+        let (applied, epoch) = engine.noted(begin())?;
         Ok(Checkpoint { applied, epoch, engine })
     }
 
     /// Sizes of the file.
     pub fn size(&self) -> Result<StoreSize, StoreError> {
         Ok(StoreSize {
-            total: self.engine().backend.len()?,
+            total: self.engine()?.backend.len()?,
             in_use: self.inner.bytes.load(Ordering::Relaxed),
         })
     }
 
-    /// Replaces the state by a peer's snapshot. On an error the old state stays.
+    /// Replaces the state by a peer's snapshot. On an error the old state stays; if it was the card that failed
+    /// half-way, [`Store::failed`] says so, and the next open finds one of the two.
     pub async fn restore(&self, input: &mut (dyn Read + Send)) -> Result<DumpSummary, StoreError> {
-        self.replace(|engine| load(engine, input)).await
+        let _only = self.inner.replacing.lock().await;
+        let before = *self.writer();
+        self.replace(before, |engine| load(engine, input)).await
     }
 
     /// Rewrites the file without its free pages. Readers go on; a write that comes in meanwhile makes it fail, so
     /// it is called where writes are. Durable when it returns, so the log must be durable up to the last applied
     /// entry before. Needs room for a second copy.
     pub async fn defragment(&self) -> Result<StoreSize, StoreError> {
+        let _only = self.inner.replacing.lock().await;
+        // Counted before the source is read: a write in between is one too many, not one too few.
+        let before = *self.writer();
         let source = self.read()?;
-        self.replace(|engine| {
+        self.replace(before, |engine| {
             fill(engine, |loader| {
                 source.each_record(&mut |table, key, value| loader.insert(table, key, value))
             })
@@ -272,17 +212,46 @@ impl Store {
         self.size()
     }
 
-    /// Makes everything durable and closes the file, once readers have let go of it. Later calls fail.
+    /// Makes everything durable and closes the file. Later calls fail with [`StoreError::Closed`].
+    ///
+    /// Completes when the last reader has let go of the file. Everything is durable before that, so a caller
+    /// who does not want to wait for readers may stop waiting.
     pub async fn close(&self) -> Result<(), StoreError> {
-        self.checkpoint()?.durable().await
+        let _only = self.inner.replacing.lock().await;
+        let engine = {
+            let _commits = self.writer();
+            self.slot().take().ok_or(StoreError::Closed)?
+        };
+        Engine::close(engine).await
     }
 
-    /// Completes when the file cannot be used any more, and says why.
-    pub fn failed(&self) -> impl Future<Output = backend::Failure> + Send + 'static {
-        let mut failure = self.engine().backend.failure();
+    /// Completes when the file cannot be used any more, and says why. Never, if the store is closed or dropped
+    /// before.
+    pub fn failed(&self) -> impl Future<Output = Failure> + Send + 'static {
+        let mut failure = self.inner.reports.failure();
         async move {
-            let failed = failure.wait_for(Option::is_some).await;
-            failed.ok().and_then(|failure| failure.clone()).unwrap_or(backend::Failure::Abandoned)
+            let first = match failure.wait_for(Option::is_some).await {
+                Ok(failure) => failure.clone(),
+                Err(_closed) => None,
+            };
+            match first {
+                Some(first) => first,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Whether the card is full. While it is, reads and writes go on and nothing becomes durable; the writes are
+    /// held in memory, and when that is used up as well, [`Store::failed`] completes. Call [`Store::room_made`]
+    /// when there may be room again; it is also tried every second.
+    pub fn starved(&self) -> watch::Receiver<bool> {
+        self.inner.reports.starved()
+    }
+
+    /// There may be room on the card again.
+    pub fn room_made(&self) {
+        if let Ok(engine) = self.engine() {
+            engine.backend.room_made();
         }
     }
 
@@ -293,33 +262,73 @@ impl Store {
 
     async fn replace<T>(
         &self,
+        before: u64,
         build: impl FnOnce(&Engine) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
+        let Inner { env, path, options, .. } = &*self.inner;
+        let built = build_beside(env, path, options, build).await?;
+        blocking(|| self.swap_in(before))?;
+        Ok(built)
+    }
+
+    /// Puts the file that was built in the place of the open one, unless a write came in since `before`.
+    fn swap_in(&self, before: u64) -> Result<(), StoreError> {
         let inner = &self.inner;
-        let before = *self.writer();
-        let built = build_beside(&inner.env, &inner.path, &inner.options, build).await?;
-        let commits = self.writer();
+        let mut commits = self.writer();
+        let old = self.engine()?;
         if *commits != before {
             drop(commits);
             backend::remove(&inner.env, &incoming_path(&inner.path))?;
             return Err(StoreError::Overtaken);
         }
-        install(&inner.env, &inner.path)?;
-        let engine = Engine::open(&inner.env, &inner.path, &inner.options)?;
-        let head = read::read_head(&engine.begin_read()?.open_table(META)?)?;
-        *inner.engine.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(engine);
-        inner.bytes.store(head.bytes, Ordering::Relaxed);
-        Ok(built)
+        match self.install() {
+            Ok((engine, head)) => {
+                *commits += 1;
+                *self.slot() = Some(Arc::new(engine));
+                inner.bytes.store(head.bytes, Ordering::Relaxed);
+                old.backend.retire();
+                Ok(())
+            }
+            Err(error) => {
+                // Which file has the name now is not known, so the open one must not promise anything more.
+                old.backend.fail(&replace_failure(&error));
+                Err(error)
+            }
+        }
     }
 
-    fn engine(&self) -> Arc<Engine> {
-        Arc::clone(&self.inner.engine.read().unwrap_or_else(PoisonError::into_inner))
+    fn install(&self) -> Result<(Engine, Head), StoreError> {
+        let Inner { env, path, options, reports, .. } = &*self.inner;
+        backend::install(env, &incoming_path(path), path)?;
+        let engine = Engine::open(env, path, options, reports)?;
+        let head = engine.head()?;
+        Ok((engine, head))
+    }
+
+    fn slot(&self) -> RwLockWriteGuard<'_, Option<Arc<Engine>>> {
+        self.inner.engine.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn engine(&self) -> Result<Arc<Engine>, StoreError> {
+        let engine = self.inner.engine.read().unwrap_or_else(PoisonError::into_inner);
+        engine.clone().ok_or(StoreError::Closed)
     }
 
     /// A writer that panicked has committed nothing, so its lock may be taken over.
     fn writer(&self) -> MutexGuard<'_, u64> {
         self.inner.commits.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn replace_failure(error: &StoreError) -> Failure {
+    error.failure().unwrap_or_else(|| {
+        let kind = if error.is_no_space() {
+            io::ErrorKind::StorageFull
+        } else {
+            io::ErrorKind::Other
+        };
+        Failure::io(Operation::Replace, io::Error::new(kind, error.to_string()))
+    })
 }
 
 /// Builds a durable, closed file under another name.
@@ -331,20 +340,25 @@ async fn build_beside<T>(
 ) -> Result<T, StoreError> {
     let incoming = incoming_path(path);
     backend::remove(env, &incoming)?;
-    let engine = Engine::open(env, &incoming, options)?;
-    let built = build(&engine).and_then(|built| engine.checkpoint().map(|_epoch| built));
-    let closed = engine.close().await;
+    // What becomes of this file does not concern the owner of the open one.
+    let engine = Engine::open(env, &incoming, options, &Reports::default())?;
+    let built = blocking(|| {
+        let built = build(&engine)?;
+        engine.checkpoint()?;
+        Ok(built)
+    });
+    let built = engine.noted(built);
+    if built.is_err() {
+        // Half a file is of no use: nothing more of it needs to reach the card.
+        engine.backend.retire();
+    }
+    let closed = Engine::close(Arc::new(engine)).await;
     let built = built.and_then(|built| closed.map(|()| built));
     if built.is_err() {
-        // Half a file is of no use; the next open removes it if this cannot.
-        let _: std::io::Result<()> = backend::remove(env, &incoming);
+        // The next open removes it if this cannot.
+        let _: io::Result<()> = backend::remove(env, &incoming);
     }
     built
-}
-
-/// Gives the file that was built its real name.
-fn install(env: &Env, path: &Path) -> Result<(), StoreError> {
-    Ok(backend::install(env, &incoming_path(path), path)?)
 }
 
 fn load(engine: &Engine, input: &mut dyn Read) -> Result<DumpSummary, StoreError> {

@@ -6,18 +6,17 @@
 //!   next epoch's record is written.
 //! - Before its first epoch, the drain takes a barrier on the database file: what `open` read there may have
 //!   been in the page cache only, left by a process that was killed.
-//! - The first error ends it. Nothing is retried.
+//! - The first error ends it. Only a write that was refused for lack of room is tried again.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use crate::env::{DiskFile, Env, Open};
+use crate::env::{DiskFile, Env};
 
 use super::overlay::{BLOCK_BYTES, Block, Writes, offset_of};
 use super::table::{HEADER_BYTES, HeaderCopy, Record, encode_snapshot};
-use super::{Epoch, Failure, Operation, Shared, parent};
+use super::{Epoch, Failure, Operation, Shared};
 
 /// Room for records behind a table's snapshot. Sixty-four blocks are two and a half hours of an idle cluster's
 /// checkpoints, which makes the snapshot's share of the writes small for any size of database.
@@ -35,7 +34,7 @@ pub(super) struct TableFile {
 pub struct Drain {
     pub(super) shared: Arc<Shared>,
     pub(super) env: Env,
-    pub(super) table_paths: [PathBuf; 2],
+    pub(super) table_files: [Arc<dyn DiskFile>; 2],
     /// `None`: a snapshot must be written before the next record.
     pub(super) table: Option<TableFile>,
     /// Where that snapshot goes.
@@ -93,7 +92,11 @@ impl Drain {
             let work = shared.work.notified();
             let (writes, closing) = {
                 let state = self.shared.lock();
-                (state.overlay.oldest_sealed(), state.closing)
+                if let Some(failure) = &state.stopped {
+                    return Err(failure.clone());
+                }
+                let writes = state.overlay.oldest_sealed().filter(|_| !state.retired);
+                (writes, state.closing || state.retired)
             };
             match writes {
                 Some(writes) => {
@@ -119,7 +122,10 @@ impl Drain {
             let mut state = self.shared.lock();
             state.overlay.complete(&record.changes);
         }
-        self.shared.progress.send_modify(|progress| progress.durable = writes.epoch);
+        self.shared.progress.send_modify(|progress| {
+            // A retired file is as durable as it will ever be needed.
+            progress.durable = progress.durable.max(writes.epoch);
+        });
         self.shared.drained.notify_all();
         Ok(())
     }
@@ -130,14 +136,14 @@ impl Drain {
             used != 0 && RECORDS_BYTES < used + bytes.len() as u64
         });
         if full {
-            self.write_snapshot(Epoch::new(epoch.get() - 1))?;
+            self.write_snapshot(Epoch::new(epoch.get() - 1)).await?;
         }
         let Some(table) = &mut self.table else {
             unreachable!("a snapshot leaves a table file");
         };
         let (file, end) = (table.file.clone(), table.end);
         table.end += bytes.len() as u64;
-        self.write_table(&*file, bytes, end)?;
+        self.write_table(&*file, bytes, end).await?;
         self.sync(&*file, Operation::Table).await
     }
 
@@ -145,53 +151,77 @@ impl Drain {
     ///
     /// The barrier of the record that follows covers it. Until then nothing goes to the database file, so the
     /// other table file, whole up to `epoch`, remains right.
-    fn write_snapshot(&mut self, epoch: Epoch) -> Result<(), Failure> {
+    async fn write_snapshot(&mut self, epoch: Epoch) -> Result<(), Failure> {
         let bytes = {
             let state = self.shared.lock();
             encode_snapshot(self.shared.id, epoch, state.overlay.crcs(), self.header.as_ref())
         };
         let slot = self.next_slot;
-        let file = self.open_table(slot)?;
+        let file = self.table_files[slot].clone();
         let start = bytes.len() as u64;
-        self.write_table(&*file, &bytes, 0)?;
-        self.extend_with_zeros(&*file, start + RECORDS_BYTES)?;
+        self.write_table(&*file, &bytes, 0).await?;
+        self.extend_with_zeros(&*file, start + RECORDS_BYTES).await?;
         self.next_slot = 1 - slot;
         self.table = Some(TableFile { file, start, end: start });
         Ok(())
     }
 
     /// Allocates the record area once, so that later records change no file metadata.
-    fn extend_with_zeros(&self, file: &dyn DiskFile, end: u64) -> Result<(), Failure> {
+    async fn extend_with_zeros(&self, file: &dyn DiskFile, end: u64) -> Result<(), Failure> {
         let zeros = vec![0; BLOCK_BYTES];
         let mut at = file.len().map_err(|error| Failure::io(Operation::Table, error))?;
         while at < end {
-            self.write_table(file, &zeros, at)?;
+            self.write_table(file, &zeros, at).await?;
             at += BLOCK_BYTES as u64;
         }
         Ok(())
     }
 
-    fn open_table(&self, slot: usize) -> Result<Arc<dyn DiskFile>, Failure> {
-        let path = &self.table_paths[slot];
-        let disk = &self.env.disk;
-        let open = || {
-            if disk.exists(path)? {
-                return disk.open(path, Open::Write);
-            }
-            let file = disk.open(path, Open::Create)?;
-            disk.sync_dir(parent(path))?;
-            Ok(file)
-        };
-        open().map_err(|error| Failure::io(Operation::Table, error))
+    async fn write_table(
+        &self,
+        file: &dyn DiskFile,
+        bytes: &[u8],
+        at: u64,
+    ) -> Result<(), Failure> {
+        self.shared.lock().stats.table_bytes += bytes.len() as u64;
+        self.with_room(Operation::Table, || file.write_at(bytes, at)).await
     }
 
-    fn write_table(&self, file: &dyn DiskFile, bytes: &[u8], at: u64) -> Result<(), Failure> {
-        self.shared.lock().stats.table_bytes += bytes.len() as u64;
-        file.write_at(bytes, at).map_err(|error| Failure::io(Operation::Table, error))
+    /// Writes, again and again while the card is full: see [`super`] for why that is safe.
+    async fn with_room(
+        &self,
+        operation: Operation,
+        write: impl Fn() -> io::Result<()> + Send + Sync,
+    ) -> Result<(), Failure> {
+        let mut patience = self.shared.options.starved_max;
+        loop {
+            let failure = match write() {
+                Ok(()) => break,
+                Err(error) => Failure::io(operation, error),
+            };
+            let (closing, waiting) = {
+                let state = self.shared.lock();
+                (state.closing || state.retired || state.stopped.is_some(), state.waiting)
+            };
+            if !failure.is_full() || closing || (waiting && patience == 0) {
+                return Err(failure);
+            }
+            self.shared.starve(Some(&failure));
+            // Whoever can make room gets a turn, even where sleeping takes no time.
+            tokio::task::yield_now().await;
+            tokio::select! {
+                () = self.env.clock.sleep(self.shared.options.starved_retry) => {
+                    patience = patience.saturating_sub(u32::from(waiting));
+                }
+                () = self.shared.room.notified() => {}
+            }
+        }
+        self.shared.starve(None);
+        Ok(())
     }
 
     async fn write_blocks(&self, writes: &Writes) -> Result<(), Failure> {
-        self.resize(writes)?;
+        self.with_room(Operation::SetLen, || self.resize(writes)).await?;
         let options = self.shared.options;
         let mut burst = 0;
         for (offset, bytes) in chunks(&writes.blocks, options.chunk_bytes) {
@@ -202,26 +232,20 @@ impl Drain {
             }
             burst += bytes.len();
             self.shared.lock().stats.data_bytes += bytes.len() as u64;
-            self.shared
-                .file
-                .write_at(&bytes, offset)
-                .map_err(|error| Failure::io(Operation::Write, error))?;
+            self.with_room(Operation::Write, || self.shared.file.write_at(&bytes, offset)).await?;
         }
         self.sync_database().await
     }
 
-    fn resize(&self, writes: &Writes) -> Result<(), Failure> {
+    fn resize(&self, writes: &Writes) -> io::Result<()> {
         let file = &self.shared.file;
-        let resize = || {
-            let (floor, len) = (offset_of(writes.floor), offset_of(writes.len));
-            let mut now = file.len()?;
-            if floor < now {
-                file.set_len(floor)?;
-                now = floor;
-            }
-            if now < len { file.set_len(len) } else { Ok(()) }
-        };
-        resize().map_err(|error| Failure::io(Operation::SetLen, error))
+        let (floor, len) = (offset_of(writes.floor), offset_of(writes.len));
+        let mut now = file.len()?;
+        if floor < now {
+            file.set_len(floor)?;
+            now = floor;
+        }
+        if now < len { file.set_len(len) } else { Ok(()) }
     }
 
     async fn sync_database(&self) -> Result<(), Failure> {

@@ -40,13 +40,24 @@
 //!
 //! - A block read from the card has the checksum the table says, or the read fails with [`DamagedBlock`].
 //! - Nothing is written to the database file before the record that names it is durable.
-//! - A failed write or barrier is final: the drain stops, every later call fails with the same [`Failure`].
+//! - A failed barrier is final, and so is a failed write, unless it failed for lack of room: the drain stops,
+//!   every later call fails with the same [`Failure`].
+//! - After `open` no path is used again, only handles: a file that takes this one's name is not written to.
 //! - The database file is an ordinary redb file at all times; 20 spare bytes behind the header
 //!   (`table::Tag`) tie it to its table.
 //! - No call waits for the card, with two exceptions, and those only when the drain has a thread of its own:
 //!   a write beyond [`Options::held_bytes_max`], and `close`. In a simulation, where the drain is a task of
 //!   the same thread, waiting would hang it: there the memory bound is not enforced, and whoever dropped the
 //!   database awaits [`Backend::drained`].
+//!
+//! # A full card
+//!
+//! A write that was refused for lack of room has lost nothing: its bytes are still held here, and the record
+//! that names its block is durable already. So the drain says that it is *starved* ([`Reports::starved`]) and tries
+//! again, every second and when it is told that room was made ([`Backend::room_made`]). Until then reads and
+//! writes go on, but nothing becomes durable: [`Backend::wait_durable`] says so at once. Only when the memory
+//! for held writes is used up as well, and nobody makes room for [`Options::starved_max`] attempts, is it a failure.
+//! (A *barrier* that fails with "no space" is a failure like any other: the kernel has then dropped data.)
 //!
 //! # Losing the table
 //!
@@ -66,6 +77,7 @@
 //! When to make a checkpoint, what a failure means for the node (`mvcc`, `raft`), locking the directory.
 
 mod drain;
+mod failure;
 mod open;
 pub mod overlay;
 pub mod table;
@@ -76,12 +88,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use thiserror::Error;
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Notify, watch};
 
 use crate::env::{DiskFile, Env};
 
 pub use drain::Drain;
+pub use failure::{DamagedBlock, Failure, Fault, Operation, Reports, is_full};
 pub use open::OpenError;
 
 use overlay::{BLOCK_BYTES, Overlay, Source};
@@ -128,6 +141,10 @@ pub struct Options {
     pub burst_bytes: usize,
     /// Pause after each such barrier: the log's turn.
     pub pause: Duration,
+    /// Between two attempts to write to a full card.
+    pub starved_retry: Duration,
+    /// How many such attempts a write beyond `held_bytes_max` waits for.
+    pub starved_max: u32,
 }
 
 impl Default for Options {
@@ -138,111 +155,9 @@ impl Default for Options {
             chunk_bytes: 128 << 10,
             burst_bytes: 512 << 10,
             pause: Duration::from_millis(20),
+            starved_retry: Duration::from_secs(1),
+            starved_max: 15,
         }
-    }
-}
-
-/// A block of the database file does not hold what was written there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error(
-    "state file damaged at block {block} (offset {offset}): checksum {found:08x}, expected {expected:08x}"
-)]
-pub struct DamagedBlock {
-    /// Number of the 4 KiB block.
-    pub block: u32,
-    /// Its place in the file, in bytes.
-    pub offset: u64,
-    /// Checksum of what was read.
-    pub found: u32,
-    /// Checksum of what was written.
-    pub expected: u32,
-}
-
-impl DamagedBlock {
-    /// The damage inside an error that redb passed on, if that is what it is about.
-    ///
-    /// Only the operation that met the damage carries it; redb answers later ones with `PreviousIo`. Use
-    /// [`Backend::failure`] to learn of it in any case.
-    pub fn cause_of(error: &redb::StorageError) -> Option<Self> {
-        let redb::StorageError::Io(error) = error else { return None };
-        Self::inside(error)
-    }
-
-    /// The same for a bare I/O error.
-    pub fn inside(error: &io::Error) -> Option<Self> {
-        error.get_ref()?.downcast_ref().copied()
-    }
-}
-
-/// What the backend was doing when it failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Operation {
-    /// Reading the database file.
-    Read,
-    /// Writing the database file.
-    Write,
-    /// Cutting or extending the database file.
-    SetLen,
-    /// A barrier on the database file.
-    Sync,
-    /// Making, writing or syncing a table file.
-    Table,
-}
-
-impl fmt::Display for Operation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Read => "reading the state file",
-            Self::Write => "writing the state file",
-            Self::SetLen => "resizing the state file",
-            Self::Sync => "the barrier on the state file",
-            Self::Table => "writing the state file's checksum table",
-        })
-    }
-}
-
-/// Why the state file cannot be used any more by this process.
-#[derive(Clone, Debug, Error)]
-pub enum Failure {
-    /// The kernel said no.
-    #[error("{operation} failed: {error}")]
-    Io {
-        /// What failed.
-        operation: Operation,
-        /// The kernel's answer.
-        #[source]
-        error: Arc<io::Error>,
-    },
-    /// A block read from the card is not what was written.
-    #[error(transparent)]
-    Damaged(#[from] DamagedBlock),
-    /// The drain was dropped, or panicked, with writes left.
-    #[error("the state file's writer stopped with writes left")]
-    Abandoned,
-}
-
-impl Failure {
-    pub(super) fn io(operation: Operation, error: io::Error) -> Self {
-        Self::Io { operation, error: Arc::new(error) }
-    }
-
-    /// Whether the file system is full: the one failure after which reopening makes sense.
-    pub fn is_full(&self) -> bool {
-        match self {
-            Self::Io { error, .. } => {
-                matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
-            }
-            Self::Damaged(_) | Self::Abandoned => false,
-        }
-    }
-
-    fn to_io(&self) -> io::Error {
-        let kind = match self {
-            Self::Io { error, .. } => error.kind(),
-            Self::Damaged(_) => io::ErrorKind::InvalidData,
-            Self::Abandoned => io::ErrorKind::BrokenPipe,
-        };
-        io::Error::new(kind, self.clone())
     }
 }
 
@@ -299,6 +214,8 @@ struct Progress {
     durable: Epoch,
     /// Closed, and everything durable.
     finished: bool,
+    /// The card is full; the drain is waiting for room.
+    starved: Option<Failure>,
     stopped: Option<Failure>,
 }
 
@@ -308,6 +225,10 @@ struct State {
     closing: bool,
     /// The drain has a thread of its own, so that waiting for it is allowed.
     threaded: bool,
+    /// A write waits for the drain to make room.
+    waiting: bool,
+    /// Another file has taken this one's place: nothing is written any more.
+    retired: bool,
     stopped: Option<Failure>,
 }
 
@@ -321,8 +242,10 @@ struct Shared {
     drained: Condvar,
     /// Signalled when there may be work for the drain.
     work: Notify,
+    /// Signalled when a full card may have room again.
+    room: Notify,
     progress: watch::Sender<Progress>,
-    failure: watch::Sender<Option<Failure>>,
+    reports: Reports,
 }
 
 impl Shared {
@@ -331,15 +254,11 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the owner, who keeps the first failure.
+    /// Tells the owner, unless the file is none of its business any more.
     fn report(&self, failure: &Failure) {
-        self.failure.send_if_modified(|first| {
-            let news = first.is_none();
-            if news {
-                *first = Some(failure.clone());
-            }
-            news
-        });
+        if !self.lock().retired {
+            self.reports.fail(failure);
+        }
     }
 
     /// Ends everything: every later call gets `failure`.
@@ -350,6 +269,27 @@ impl Shared {
             progress.stopped.get_or_insert_with(|| failure.clone());
         });
         self.drained.notify_all();
+        self.work.notify_one();
+    }
+
+    /// The card is full, or is not any more.
+    fn starve(&self, failure: Option<&Failure>) {
+        self.progress.send_if_modified(|progress| {
+            let news = progress.starved.is_some() != failure.is_some();
+            progress.starved = failure.cloned();
+            news
+        });
+        self.reports.starve(failure.is_some());
+    }
+}
+
+/// Does what may take as long as the card likes, without holding up the other tasks of this thread.
+pub(super) fn blocking<T>(work: impl FnOnce() -> T) -> T {
+    let flavor = Handle::try_current().map(|runtime| runtime.runtime_flavor());
+    if matches!(flavor, Ok(RuntimeFlavor::MultiThread)) {
+        tokio::task::block_in_place(work)
+    } else {
+        work()
     }
 }
 
@@ -371,7 +311,17 @@ impl Backend {
     /// Nothing is written before the [`Drain`] runs. Give it a thread ([`Drain::spawn_thread`]) or, in a
     /// simulation, a task ([`Drain::run`]).
     pub fn open(env: &Env, path: &Path, options: Options) -> Result<(Self, Drain), OpenError> {
-        open::open(env, path, options)
+        Self::open_reporting(env, path, options, Reports::default())
+    }
+
+    /// The same, for an owner who has several files one after the other and one place to be told.
+    pub fn open_reporting(
+        env: &Env,
+        path: &Path,
+        options: Options,
+        reports: Reports,
+    ) -> Result<(Self, Drain), OpenError> {
+        open::open(env, path, options, reports)
     }
 
     /// What `open` found.
@@ -406,16 +356,47 @@ impl Backend {
         }
     }
 
+    /// Another file has taken this one's place, and is durable: nothing held is written any more, and what
+    /// waits for it to become durable may go on. Reads keep working.
+    pub fn retire(&self) {
+        {
+            let mut state = self.shared.lock();
+            state.retired = true;
+            // Nobody may wait for a drain that is gone.
+            state.threaded = false;
+        }
+        self.shared.starve(None);
+        self.shared.progress.send_modify(|progress| progress.durable = Epoch::new(u64::MAX));
+        self.shared.drained.notify_all();
+        self.shared.work.notify_one();
+        self.shared.room.notify_one();
+    }
+
+    /// Ends everything: every later call gets `failure`.
+    pub fn fail(&self, failure: &Failure) {
+        self.shared.stop(failure);
+    }
+
+    /// Tells the owner of something that whoever reads the file has found out.
+    pub fn report_failure(&self, failure: &Failure) {
+        self.shared.report(failure);
+    }
+
+    /// A full card may have room again: tries at once.
+    pub fn room_made(&self) {
+        self.shared.room.notify_one();
+    }
+
     fn wait_for(
         &self,
         done: impl Fn(&Progress) -> bool + Send + Sync + 'static,
     ) -> impl Future<Output = Result<(), Failure>> + Send + 'static {
         let mut progress = self.shared.progress.subscribe();
         async move {
-            let seen = progress.wait_for(|now| done(now) || now.stopped.is_some()).await;
-            match seen {
+            let hopeless = |now: &Progress| now.stopped.clone().or_else(|| now.starved.clone());
+            match progress.wait_for(|now| done(now) || hopeless(now).is_some()).await {
                 Ok(now) if done(&now) => Ok(()),
-                Ok(now) => Err(now.stopped.clone().unwrap_or(Failure::Abandoned)),
+                Ok(now) => Err(hopeless(&now).unwrap_or(Failure::Abandoned)),
                 Err(_) => Err(Failure::Abandoned),
             }
         }
@@ -423,7 +404,7 @@ impl Backend {
 
     /// The first failure, be it of a read, a write or a barrier.
     pub fn failure(&self) -> watch::Receiver<Option<Failure>> {
-        self.shared.failure.subscribe()
+        self.shared.reports.failure()
     }
 
     /// Counters.
@@ -470,7 +451,7 @@ impl Backend {
             if source != Source::File(miss.expected) {
                 continue;
             }
-            return Err(self.read_failed(&miss));
+            return Err(self.read_failed(miss));
         }
     }
 
@@ -489,24 +470,18 @@ impl Backend {
         Ok(plan)
     }
 
-    fn read_failed(&self, miss: &Miss) -> io::Error {
-        let (failure, error) = match &miss.cause {
-            Cause::Io(error) => {
-                let error = clone_io(error);
-                (Failure::io(Operation::Read, clone_io(&error)), error)
-            }
-            Cause::Checksum(found) => {
-                let damage = DamagedBlock {
-                    block: miss.block,
-                    offset: overlay::offset_of(miss.block),
-                    found: *found,
-                    expected: miss.expected,
-                };
-                (Failure::Damaged(damage), io::Error::new(io::ErrorKind::InvalidData, damage))
-            }
+    fn read_failed(&self, miss: Miss) -> io::Error {
+        let failure = match miss.cause {
+            Cause::Io(error) => Failure::io(Operation::Read, error),
+            Cause::Checksum(found) => Failure::Damaged(DamagedBlock {
+                block: miss.block,
+                offset: overlay::offset_of(miss.block),
+                found,
+                expected: miss.expected,
+            }),
         };
         self.shared.report(&failure);
-        error
+        failure.to_io()
     }
 
     fn write_held(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -564,8 +539,15 @@ impl Backend {
                 state.stats.waits += 1;
                 self.seal(&mut state);
             }
-            state = self.shared.drained.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.waiting = true;
+            state = self.wait(state);
+            state.waiting = false;
         }
+    }
+
+    /// Waits for news of the drain.
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        blocking(|| self.shared.drained.wait(state)).unwrap_or_else(PoisonError::into_inner)
     }
 
     fn seal(&self, state: &mut State) {
@@ -620,8 +602,9 @@ impl redb::StorageBackend for Backend {
         self.seal(&mut state);
         state.closing = true;
         self.shared.work.notify_one();
+        self.shared.room.notify_one();
         while state.threaded && state.stopped.is_none() && !state.overlay.is_drained() {
-            state = self.shared.drained.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.wait(state);
         }
         match &state.stopped {
             Some(failure) => Err(failure.to_io()),
@@ -676,14 +659,6 @@ fn fill(file: &dyn DiskFile, first: u32, plan: &[Source], out: &mut [u8]) -> Res
         at += run;
     }
     Ok(())
-}
-
-/// `io::Error` is not `Clone`; the number or the text is what matters.
-fn clone_io(error: &io::Error) -> io::Error {
-    match error.raw_os_error() {
-        Some(number) => io::Error::from_raw_os_error(number),
-        None => io::Error::new(error.kind(), error.to_string()),
-    }
 }
 
 /// The two table files of a database file.

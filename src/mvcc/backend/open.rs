@@ -26,7 +26,7 @@ use super::drain::TableFile;
 use super::overlay::{BLOCK_BYTES, Overlay, ZERO_CRC, offset_of};
 use super::table::{HEADER_BYTES, HeaderCopy, Table, Tag};
 use super::{
-    Backend, DamagedBlock, Drain, Epoch, OpenReport, Options, Progress, Shared, State, Stats,
+    Backend, DamagedBlock, Drain, Epoch, OpenReport, Options, Progress, Reports, Shared, State, Stats,
     TableOrigin, parent, table_paths,
 };
 
@@ -88,6 +88,7 @@ pub(super) fn open(
     env: &Env,
     path: &Path,
     options: Options,
+    reports: Reports,
 ) -> Result<(Backend, Drain), OpenError> {
     let paths = table_paths(path);
     let file = if env.disk.exists(path)? {
@@ -100,18 +101,17 @@ pub(super) fn open(
     let tables = [read_table(env, &paths[0])?, read_table(env, &paths[1])?];
     let recovered = recover(env, &file, &tables)?;
 
-    let shared = shared(file, recovered.id, recovered.overlay, recovered.report, options);
-    let table = match recovered.table {
-        Some((slot, start, end)) => {
-            let file = env.disk.open(&paths[slot], Open::Write)?;
-            Some(TableFile { file, start, end })
-        }
-        None => None,
-    };
+    let [first, second] = &paths;
+    let table_files = [open_table(env, first)?, open_table(env, second)?];
+    let table = recovered
+        .table
+        .map(|(slot, start, end)| TableFile { file: table_files[slot].clone(), start, end });
+    let shared =
+        shared(file, recovered.id, recovered.overlay, recovered.report, options, reports);
     let drain = Drain {
         shared: shared.clone(),
         env: env.clone(),
-        table_paths: paths,
+        table_files,
         table,
         next_slot: recovered.next_slot,
         header: recovered.header,
@@ -120,12 +120,23 @@ pub(super) fn open(
     Ok((Backend { shared }, drain))
 }
 
+/// Opens a table file, making an empty one if it is not there.
+fn open_table(env: &Env, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+    if env.disk.exists(path)? {
+        return env.disk.open(path, Open::Write);
+    }
+    let file = env.disk.open(path, Open::Create)?;
+    env.disk.sync_dir(parent(path))?;
+    Ok(file)
+}
+
 fn shared(
     file: Arc<dyn DiskFile>,
     id: u64,
     overlay: Overlay,
     report: OpenReport,
     options: Options,
+    reports: Reports,
 ) -> Arc<Shared> {
     let durable = overlay.last_sealed();
     Arc::new(Shared {
@@ -138,12 +149,15 @@ fn shared(
             stats: Stats::default(),
             closing: false,
             threaded: false,
+            waiting: false,
+            retired: false,
             stopped: None,
         }),
         drained: Condvar::new(),
         work: Notify::new(),
+        room: Notify::new(),
         progress: watch::Sender::new(Progress { durable, ..Progress::default() }),
-        failure: watch::Sender::new(None),
+        reports,
     })
 }
 
@@ -421,7 +435,8 @@ fn checksums(file: &dyn DiskFile, len: u32) -> io::Result<Vec<u32>> {
 fn verify(file: &Arc<dyn DiskFile>, crcs: Vec<u32>) -> Result<(), OpenError> {
     let report = OpenReport { table: TableOrigin::Loaded, torn_blocks: 0, header_restored: false };
     let overlay = Overlay::new(crcs, Epoch::default());
-    let scratch = Backend { shared: shared(file.clone(), 0, overlay, report, Options::default()) };
+    let (options, reports) = (Options::default(), Reports::default());
+    let scratch = Backend { shared: shared(file.clone(), 0, overlay, report, options, reports) };
     let check = move || {
         let mut database = redb::Database::builder()
             .set_cache_size(STATE_CACHE_BYTES)
