@@ -222,14 +222,18 @@ pub fn time_to_live(ids: &Ids, reply: &pb::LeaseTimeToLiveResponse) -> Vec<Strin
     };
     let granted = reply.granted_ttl;
     let mut lines = vec![format!("{header}, lease {} ttl {ttl} granted {granted}", reply.id)];
-    lines.extend(reply.keys.iter().map(|key| format!("  {}", quote(key))));
+    // etcd lists them in any order.
+    let mut keys: Vec<_> = reply.keys.iter().map(|key| format!("  {}", quote(key))).collect();
+    keys.sort();
+    lines.extend(keys);
     lines
 }
 
 pub fn leases(ids: &Ids, reply: &pb::LeaseLeasesResponse) -> Vec<String> {
     let mut lines = vec![ids.header(reply.header.as_ref())];
     // etcd lists them by expiry, which ties within one second.
-    let mut found: Vec<_> = reply.leases.iter().map(|lease| format!("  {}", lease.id)).collect();
+    let name = |lease: &pb::LeaseStatus| ids.name_in(&format!("  {}", lease.id));
+    let mut found: Vec<_> = reply.leases.iter().map(name).collect();
     found.sort();
     lines.extend(found);
     lines
