@@ -8,5 +8,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod backup;
+mod client_crate;
+mod differential;
+mod etcdctl;
+mod kill9;
 mod script;
 mod transcripts;
