@@ -29,12 +29,16 @@ struct Generator {
     random: Random,
     /// A guess at the current revision.
     revision: i64,
+    /// The last revision that was compacted; known exactly.
+    compacted: i64,
     watchers: i64,
+    /// Streams used for one watcher each.
+    single_streams: usize,
 }
 
 impl Generator {
     fn new(random: Random) -> Self {
-        Self { random, revision: 1, watchers: 0 }
+        Self { random, revision: 1, compacted: 0, watchers: 0, single_streams: 0 }
     }
 
     fn key(&mut self) -> String {
@@ -169,11 +173,22 @@ impl Generator {
                 format!("watch {stream} drain"),
             ];
         }
+        if 0 < self.compacted && self.random.one_in(6) {
+            // etcd never answers a progress request again on a stream that had a watcher canceled by compaction.
+            self.single_streams += 1;
+            let (stream, range) = (self.single_streams, self.range());
+            let start = 1 + self.random.below(usize::try_from(self.compacted).unwrap_or(1));
+            let create = format!("watch single{stream} create {range} rev={start}");
+            let count = 1 + usize::from(i64::try_from(start).unwrap_or(0) < self.compacted);
+            return vec![create, format!("watch single{stream} recv {count}")];
+        }
         self.watchers += 1;
         let mut line = format!("watch {stream} create {}", self.range());
         if self.random.one_in(2) {
             // A watcher from the future holds back the answers to progress requests.
-            let _ = write!(line, " rev={}", self.some_revision().clamp(1, self.revision.max(1)));
+            let oldest = self.compacted.max(1);
+            let start = self.some_revision().clamp(oldest, self.revision.max(oldest));
+            let _ = write!(line, " rev={start}");
         }
         for (option, chance) in [("prev_kv", 2), ("fragment", 8), ("noput", 8), ("nodelete", 8)] {
             if self.random.one_in(chance) {
@@ -185,14 +200,14 @@ impl Generator {
 
     /// The next few lines.
     fn lines(&mut self) -> Vec<String> {
-        match self.random.below(40) {
-            0..=11 => vec![self.put()],
-            12..=15 => vec![self.del()],
-            16..=22 => vec![self.get()],
-            23..=31 => vec![self.txn(0)],
-            32..=34 => vec![self.lease()],
-            35 | 36 => self.watch(),
-            37 | 38 => self.drain(),
+        match self.random.below(60) {
+            0..=17 => vec![self.put()],
+            18..=23 => vec![self.del()],
+            24..=33 => vec![self.get()],
+            34..=48 => vec![self.txn(0)],
+            49..=54 => vec![self.lease()],
+            55 | 56 => self.watch(),
+            57 => self.drain(),
             _ => self.compact(),
         }
     }
@@ -210,13 +225,16 @@ impl Generator {
     }
 
     /// Corrects the guess from a printed header.
-    fn learn(&mut self, reply: &[String]) {
+    fn learn(&mut self, line: &str, reply: &[String]) {
         let digits = reply
             .first()
             .and_then(|line| line.strip_prefix("rev "))
             .map(|rest| rest.chars().take_while(char::is_ascii_digit).collect::<String>());
         if let Some(revision) = digits.and_then(|digits| digits.parse().ok()) {
             self.revision = self.revision.max(revision);
+            let compacted = line.strip_prefix("compact ").and_then(|rest| rest.split(' ').next());
+            let compacted = compacted.and_then(|digits| digits.parse().ok()).unwrap_or(0);
+            self.compacted = self.compacted.max(compacted);
         }
     }
 }
@@ -279,8 +297,11 @@ async fn run(
         generator.watchers = 0;
         for stream in STREAMS {
             // etcd answers progress requests only on streams that have a watcher.
-            if let Err(difference) = pair.send(&format!("watch {stream} create ~ id=1000")).await {
-                return (sent, Some(difference));
+            let create = format!("watch {stream} create ~ id=1000");
+            for line in [create, format!("watch {stream} drain")] {
+                if let Err(difference) = pair.send(&line).await {
+                    return (sent, Some(difference));
+                }
             }
         }
         let mut left = LINES;
@@ -289,7 +310,7 @@ async fn run(
                 left = left.saturating_sub(1);
                 sent += 1;
                 match pair.send(&change(&line)).await {
-                    Ok(reply) => generator.learn(&reply),
+                    Ok(reply) => generator.learn(&line, &reply),
                     Err(difference) => return (sent, Some(difference)),
                 }
             }
