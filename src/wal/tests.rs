@@ -241,11 +241,11 @@ async fn entries_are_read_in_portions_from_memory_and_from_files() {
         entries.iter().map(|entry| entry.id.index.get()).collect::<Vec<_>>()
     };
     assert_eq!(read(0, 4, u64::MAX), [1, 2, 3]);
-    assert_eq!(read(5, 5, u64::MAX), []);
+    assert!(read(5, 5, u64::MAX).is_empty());
     assert_eq!(read(2, 100, 250), [2, 3], "as many as fit");
     assert_eq!(read(2, 100, 1), [2], "but at least one");
     assert_eq!(read(38, 100, u64::MAX), [38, 39, 40]);
-    assert_eq!(read(41, 100, u64::MAX), []);
+    assert!(read(41, 100, u64::MAX).is_empty());
     assert_eq!(read(1, 41, u64::MAX), (1..=40).collect::<Vec<_>>(), "across files and memory");
 
     // Not durable, and visible all the same.
