@@ -11,7 +11,7 @@ use super::process::{Process, free_ports};
 use super::{Endpoint, Options, TlsFiles};
 
 /// A client's files below `db-dir`.
-const CA: &str = "tls/server-ca.crt";
+const CA: &str = "tls/ca.crt";
 const CLIENT_CERTIFICATE: &str = "tls/client.crt";
 const CLIENT_KEY: &str = "tls/client.key";
 
