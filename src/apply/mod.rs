@@ -87,17 +87,11 @@ pub fn apply(_txn: &mut WriteTxn, _id: LogId, _command: &Command) -> Result<Appl
 }
 
 /// Serves a range from one moment of the store.
-pub fn range(
-    _view: &ReadTxn,
-    _request: &pb::RangeRequest,
-) -> Result<Result<pb::RangeResponse, Refusal>, StoreError> {
+pub fn range(_view: &ReadTxn, _request: &pb::RangeRequest) -> Result<Result<pb::RangeResponse, Refusal>, StoreError> {
     todo!()
 }
 
 /// Serves a transaction that only reads.
-pub fn read_only_txn(
-    _view: &ReadTxn,
-    _request: &pb::TxnRequest,
-) -> Result<Result<pb::TxnResponse, Refusal>, StoreError> {
+pub fn read_only_txn(_view: &ReadTxn, _request: &pb::TxnRequest) -> Result<Result<pb::TxnResponse, Refusal>, StoreError> {
     todo!()
 }

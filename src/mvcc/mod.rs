@@ -133,11 +133,7 @@ impl ReadTxn {
     }
 
     /// The previous version of what was written to `key` at `revision`, if it is still there: for `prev_kv`.
-    pub fn previous(
-        &self,
-        _key: &[u8],
-        _revision: Revision,
-    ) -> Result<Option<KeyValue>, StoreError> {
+    pub fn previous(&self, _key: &[u8], _revision: Revision) -> Result<Option<KeyValue>, StoreError> {
         todo!()
     }
 
@@ -184,10 +180,7 @@ impl ReadTxn {
     }
 
     /// etcd's HashKV: (hash, compacted revision, hash revision).
-    pub fn hash_kv(
-        &self,
-        _at: Option<Revision>,
-    ) -> Result<Result<(u32, Revision, Revision), RevisionError>, StoreError> {
+    pub fn hash_kv(&self, _at: Option<Revision>) -> Result<Result<(u32, Revision, Revision), RevisionError>, StoreError> {
         todo!()
     }
 }

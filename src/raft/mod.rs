@@ -131,11 +131,7 @@ pub struct Node {}
 
 impl Node {
     /// Replicates a command and returns what applying it answered. Waits out the absence of a leader until the deadline.
-    pub async fn propose(
-        &self,
-        _command: Command,
-        _deadline: Instant,
-    ) -> Result<Outcome, ProposeError> {
+    pub async fn propose(&self, _command: Command, _deadline: Instant) -> Result<Outcome, ProposeError> {
         todo!()
     }
 
@@ -160,11 +156,7 @@ impl Node {
     }
 
     /// Hands leadership to another voter.
-    pub async fn transfer_leader(
-        &self,
-        _to: NodeId,
-        _deadline: Instant,
-    ) -> Result<(), ProposeError> {
+    pub async fn transfer_leader(&self, _to: NodeId, _deadline: Instant) -> Result<(), ProposeError> {
         todo!()
     }
 }
