@@ -447,6 +447,20 @@ impl FrameHeader {
         Ok(())
     }
 
+    /// Whether it repeats the frame with this number, which was chained to this checksum.
+    pub fn repeats(&self, seq: u64, chain: u32) -> bool {
+        self.first_repeated() == Some(seq) && self.replaced_chain == chain
+    }
+
+    /// Whether it repeats a frame before this number.
+    pub fn repeats_older_than(&self, seq: u64) -> bool {
+        self.first_repeated().is_some_and(|first| first < seq)
+    }
+
+    fn first_repeated(&self) -> Option<u64> {
+        (self.replaces != 0).then(|| self.seq.checked_sub(u64::from(self.replaces)))?
+    }
+
     /// Blocks the frame takes in the file.
     pub fn blocks(&self) -> u32 {
         blocks_for(self.payload_bytes)

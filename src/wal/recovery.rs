@@ -108,6 +108,17 @@ pub(super) struct Content {
     pub(super) at: FrameAt,
     pub(super) raw: Vec<u8>,
     pub(super) records: u32,
+    /// The frame itself stands before the place where replaying started: its entries are purged, the rest is in the
+    /// segment's header, and there is nothing to repeat.
+    unseen: bool,
+}
+
+impl Content {
+    /// Whether a frame repeats this one.
+    fn is_repeated_by(&self, frame: &FrameHeader) -> bool {
+        let exactly = frame.repeats(self.before.seq, self.before.chain);
+        exactly || (self.unseen && frame.repeats_older_than(self.before.seq + 1))
+    }
 }
 
 /// The slots of a directory by what their headers say.
@@ -438,13 +449,15 @@ impl<'a> Replay<'a> {
 
     /// Whether a frame repeats the one that is expected now, or the last one replayed.
     fn can_stand_in(&self, frame: &FrameHeader) -> bool {
-        let first = frame.seq.checked_sub(u64::from(frame.replaces));
-        let repeats = |position: &Position| {
-            first == Some(position.seq) && frame.replaced_chain == position.chain
-        };
-        frame.replaces != 0
-            && (repeats(&self.position)
-                || self.content.as_ref().is_some_and(|content| repeats(&content.before)))
+        frame.repeats(self.position.seq, self.position.chain) || self.is_repetition(frame)
+    }
+
+    /// Whether a frame repeats what has been applied already.
+    fn is_repetition(&self, frame: &FrameHeader) -> bool {
+        match &self.content {
+            Some(content) => content.is_repeated_by(frame),
+            None => frame.repeats_older_than(self.position.seq),
+        }
     }
 
     /// Takes a frame that follows: applies its records, unless it only repeats what is applied already.
@@ -456,22 +469,20 @@ impl<'a> Replay<'a> {
     ) -> Result<(), OpenError> {
         let at = FrameAt { segment: segment.number, block: frame.block, blocks: frame.blocks() };
         let before = self.position;
-        let first_repeated = frame.seq.checked_sub(u64::from(frame.replaces));
-        match &mut self.content {
-            Some(content) if frame.replaces != 0 && first_repeated == Some(content.before.seq) => {
-                self.runs.repoint(content.at, at);
-                content.at = at;
-            }
-            // Replaying starts behind the frame that is repeated: its entries are purged, the rest is in the
-            // header. There is nothing to apply, and nothing to repeat.
-            None if frame.replaces != 0 && frame.seq == before.seq => {
-                self.content = Some(Content { before, at, raw: Vec::new(), records: 0 });
-            }
-            _ => {
-                self.apply(segment, frame, raw, at)?;
-                let raw = raw.to_vec();
-                self.content = Some(Content { before, at, raw, records: frame.records });
-            }
+        if self.is_repetition(frame) {
+            let content = self.content.get_or_insert(Content {
+                before,
+                at,
+                raw: Vec::new(),
+                records: 0,
+                unseen: true,
+            });
+            self.runs.repoint(content.at, at);
+            content.at = at;
+        } else {
+            self.apply(segment, frame, raw, at)?;
+            let raw = raw.to_vec();
+            self.content = Some(Content { before, at, raw, records: frame.records, unseen: false });
         }
         self.recovery.frames += 1;
         self.recovery.clean = frame.flags.has(super::format::Flags::CLOSE);
