@@ -29,7 +29,7 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 use tracing_subscriber::registry::LookupSpan;
 
-use super::fields;
+use crate::events::fields;
 
 /// Where journald listens.
 pub const SOCKET: &str = "/run/systemd/journal/socket";
@@ -177,7 +177,7 @@ mod tests {
 
     use super::*;
     use crate::announce;
-    use crate::observe::events::EventId;
+    use crate::events::EventId;
 
     /// A stand-in for journald.
     struct Journald {

@@ -19,8 +19,8 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::fields;
 use super::journal::{Journal, SOCKET};
+use crate::events::fields;
 
 /// The name the journal shows in front of each line.
 const IDENTIFIER: &str = "k3s-server";
@@ -248,7 +248,7 @@ mod tests {
 
     use super::*;
     use crate::announce;
-    use crate::observe::events::EventId;
+    use crate::events::EventId;
 
     fn surroundings() -> Surroundings {
         Surroundings { own_pid: 7, stderr: Some((26, 4711)), ..Surroundings::default() }

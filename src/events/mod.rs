@@ -4,7 +4,13 @@
 //! `systemd/k3s-server.catalog` by it, `journalctl MESSAGE_ID=…` finds every occurrence. A test holds this table and the
 //! catalog against each other. Numbers were drawn at random once; never reuse or change one.
 //!
-//! Say one with [`announce!`](crate::announce): it adds the level, the number and the remedy.
+//! Say one with [`announce!`](crate::announce): it adds the level, the number and the remedy. [`fields`] names the details.
+//!
+//! # Not here
+//!
+//! Where lines go and how they look: `observe`. This module is on the lowest row so that every other one can name its events.
+
+pub mod fields;
 
 use std::fmt;
 
@@ -141,8 +147,8 @@ macro_rules! announce {
     ($id:path, $($rest:tt)+) => {
         ::tracing::event!(
             $id.level(),
-            { $crate::observe::fields::MESSAGE_ID } = %$id,
-            { $crate::observe::fields::REMEDY } = $id.remedy(),
+            { $crate::events::fields::MESSAGE_ID } = %$id,
+            { $crate::events::fields::REMEDY } = $id.remedy(),
             $($rest)+
         )
     };
@@ -215,7 +221,7 @@ mod tests {
     fn placeholders_in_the_catalog_are_fields_we_send() {
         for placeholder in CATALOG.split('@').skip(1).step_by(2) {
             let field = placeholder.to_lowercase().replacen('_', ".", 1);
-            assert!(super::super::fields::ALL.contains(&field.as_str()), "@{placeholder}@");
+            assert!(fields::ALL.contains(&field.as_str()), "@{placeholder}@");
         }
     }
 }
