@@ -128,6 +128,12 @@ events! {
     /// A file with a secret can be read by others.
     SecretExposed = 0x2267d7dba8b8413382b44b47f58689f5, WARN,
         "run `chmod 600` on the file, and rotate the token if others had accounts on this machine";
+    /// The loop that everything depends on has stopped turning. The watchdog is no longer fed.
+    LoopSilent = 0x3bab740b159645f484d8b9a60882f8a1, ERROR,
+        "systemd restarts the service if this lasts; if it repeats, look for `mmc` errors in `journalctl -k`, and keep the lines around this one for a report";
+    /// The journal did not keep up, and lines are missing before this one.
+    LinesLost = 0xa96db72faa874f05a82941b6b39fffa8, WARN,
+        "look for `mmc` errors in `journalctl -k`; if the journal lives on a slow card, set `Storage=volatile` in /etc/systemd/journald.conf";
     /// This node's promises cannot be trusted; it takes no part in decisions.
     Quarantined = 0xc6b3f8e0194d4907b8833fe7b777ef60, ERROR,
         "an older image, a copied card or a lying card is behind this; remove this node from the cluster and join it again";

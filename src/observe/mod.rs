@@ -14,6 +14,7 @@
 //!
 //! What is said, and the names of its fields: [`crate::events`]. Counting: [`crate::metrics`].
 
+pub mod forward;
 pub mod grpc;
 pub mod http;
 pub mod journal;

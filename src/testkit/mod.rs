@@ -1,5 +1,7 @@
 //! What only tests, benches and fuzz targets use. A release build does not contain it.
 
+pub mod rerun;
+
 use std::future::Future;
 
 /// Waits for a future on this thread, for tests that are not asynchronous themselves.
