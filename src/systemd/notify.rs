@@ -92,7 +92,7 @@ fn one_line(text: &str) -> String {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use std::os::unix::net::UnixDatagram;
 
     use super::*;
