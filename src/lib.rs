@@ -2,6 +2,7 @@
 //!
 //! Start reading at ARCHITECTURE.md; the modules below are in the order in which they build on each other.
 
+pub mod events;
 pub mod limits;
 pub mod proto;
 pub mod types;

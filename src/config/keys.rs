@@ -5,7 +5,7 @@
 //!
 //! # Invariants
 //!
-//! - Every flag of `k3s server` 1.33 to 1.36 has a row, so that a K3s file or command line works unchanged.
+//! - The server flags of K3s as of its 2026 sources have a row each, so that a K3s file or command line works unchanged.
 //! - Every default parses as its own kind.
 //! - Names, one-letter flags and environment variables are unique.
 

@@ -1,13 +1,18 @@
 //! Decides where log lines go, and how they look on a terminal.
 //!
-//! To the journal if systemd started us with the journal on stderr, else to stderr as text. The decision is a pure function
-//! of what the environment says, so that a daemon started by hand in a terminal prints where its user looks.
+//! To the journal if stderr is connected to it and its socket is there, else to stderr as text. The decision is a pure
+//! function of what the environment says, so that a daemon started by hand in a terminal prints where its user looks.
+//!
+//! # Invariants
+//!
+//! - Whoever says something never waits for the journal; see [`super::forward`]. Text is written by the speaker itself: it is
+//!   for somebody who reads along, and must not stay behind when the process is killed.
 
 use std::fmt;
 use std::io::{self, IsTerminal as _};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 
+use tracing::dispatcher::{self, Dispatch};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
@@ -17,13 +22,10 @@ use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
-use tracing_subscriber::util::SubscriberInitExt;
 
-use super::fields;
-use super::journal::{Journal, SOCKET};
-
-/// The name the journal shows in front of each line.
-const IDENTIFIER: &str = "k3s-server";
+use super::forward::Flush;
+use super::journal;
+use crate::events::fields;
 
 /// Ours from INFO up; of the libraries only what is wrong.
 const FILTER: &str = "warn,k3s_server=info";
@@ -77,9 +79,6 @@ struct Surroundings {
     journal_stream: Option<String>,
     /// Device and inode of stderr.
     stderr: Option<(u64, u64)>,
-    /// `$SYSTEMD_EXEC_PID`: the process systemd started, which may be an ancestor of ours.
-    exec_pid: Option<String>,
-    own_pid: u32,
     terminal: bool,
     no_colour: bool,
 }
@@ -90,21 +89,16 @@ impl Surroundings {
         Self {
             journal_stream: std::env::var("JOURNAL_STREAM").ok(),
             stderr: stderr.map(|metadata| (metadata.dev(), metadata.ino())),
-            exec_pid: std::env::var("SYSTEMD_EXEC_PID").ok(),
-            own_pid: std::process::id(),
             terminal: io::stderr().is_terminal(),
             no_colour: std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty()),
         }
     }
 
-    /// Both variables are inherited by everything systemd's child starts, a login shell included. So each must also name
-    /// this process: the stream by being our stderr, the pid by being ours.
+    /// The variable is inherited by everything systemd's child starts, a login shell included, so it must also name our
+    /// own stderr. Whoever points stderr elsewhere wants to read it there.
     fn output(&self) -> Output {
         let stream = self.stderr.map(|(device, inode)| format!("{device}:{inode}"));
-        let stderr_is_journal = stream.is_some() && stream == self.journal_stream;
-        let started_by_systemd =
-            self.exec_pid.as_deref().is_some_and(|pid| pid.parse() == Ok(self.own_pid));
-        if stderr_is_journal || (started_by_systemd && !self.terminal) {
+        if stream.is_some() && stream == self.journal_stream {
             Output::Journal
         } else {
             Output::Text { colour: self.terminal && !self.no_colour }
@@ -112,34 +106,40 @@ impl Surroundings {
     }
 }
 
+/// Logging, set up. Keep it until the process ends: dropping it gets the last lines out, the reason of the end among them.
+#[derive(Debug)]
+#[must_use = "without it the last lines of the process are lost"]
+pub struct Logs {
+    /// Where lines go.
+    pub output: Output,
+    _flush: Option<Flush>,
+}
+
 /// Sets up logging for the process. Call it once, first thing.
-pub fn init(logging: &Logging) -> Result<Output, LoggingError> {
+pub fn init(logging: &Logging) -> Result<Logs, LoggingError> {
     let filter = filter(logging)?;
-    let mut output = Surroundings::look().output();
-    if output == Output::Journal {
-        match Journal::open(Path::new(SOCKET), IDENTIFIER) {
-            Ok(journal) => {
-                tracing_subscriber::registry()
-                    .with(filter)
-                    .with(journal)
-                    .try_init()
-                    .map_err(|_| LoggingError::AlreadySet)?;
-                return Ok(output);
+    let output = Surroundings::look().output();
+    let colour = match output {
+        Output::Text { colour } => colour,
+        Output::Journal => match journal::open(filter.clone()) {
+            Ok((journal, flush)) => {
+                set(tracing_subscriber::registry().with(filter).with(journal))?;
+                return Ok(Logs { output, _flush: Some(flush) });
             }
-            Err(_) => output = Output::Text { colour: false },
-        }
-    }
-    let colour = output == Output::Text { colour: true };
+            // No socket: stderr still leads to the journal, as plain lines.
+            Err(_) => false,
+        },
+    };
     let text = tracing_subscriber::fmt::layer()
         .with_ansi(colour)
         .with_writer(io::stderr)
         .event_format(Text);
-    tracing_subscriber::registry()
-        .with(filter)
-        .with(text)
-        .try_init()
-        .map_err(|_| LoggingError::AlreadySet)?;
-    Ok(output)
+    set(tracing_subscriber::registry().with(filter).with(text))?;
+    Ok(Logs { output: Output::Text { colour }, _flush: None })
+}
+
+fn set(subscriber: impl Into<Dispatch>) -> Result<(), LoggingError> {
+    dispatcher::set_global_default(subscriber.into()).map_err(|_| LoggingError::AlreadySet)
 }
 
 fn filter(logging: &Logging) -> Result<EnvFilter, LoggingError> {
@@ -248,10 +248,10 @@ mod tests {
 
     use super::*;
     use crate::announce;
-    use crate::observe::events::EventId;
+    use crate::events::EventId;
 
     fn surroundings() -> Surroundings {
-        Surroundings { own_pid: 7, stderr: Some((26, 4711)), ..Surroundings::default() }
+        Surroundings { stderr: Some((26, 4711)), ..Surroundings::default() }
     }
 
     #[test]
@@ -263,23 +263,15 @@ mod tests {
 
     /// A login shell inherits JOURNAL_STREAM from the session that systemd started.
     #[test]
-    fn inherited_variables_do_not_hide_lines_from_a_terminal() {
+    fn inherited_variable_does_not_hide_lines_from_a_terminal() {
         let here = Surroundings {
             journal_stream: Some("26:1".to_owned()),
-            exec_pid: Some("1".to_owned()),
             terminal: true,
             ..surroundings()
         };
         assert_eq!(here.output(), Output::Text { colour: true });
         let dumb = Surroundings { no_colour: true, ..here };
         assert_eq!(dumb.output(), Output::Text { colour: false });
-    }
-
-    #[test]
-    fn started_by_systemd_with_stderr_elsewhere_means_journal() {
-        let here = Surroundings { exec_pid: Some("7".to_owned()), ..surroundings() };
-        assert_eq!(here.output(), Output::Journal);
-        assert_eq!(surroundings().output(), Output::Text { colour: false });
     }
 
     #[test]

@@ -2,19 +2,20 @@
 //!
 //! # Shape
 //!
-//! [`events`] is the catalog of what is said, [`fields`] the names of the details. [`logging`] chooses between
-//! [`journal`] and text. [`http`] serves metrics and health, [`grpc`] counts calls.
+//! [`logging`] chooses between [`journal`] and text.
+//! [`http`] serves metrics and health, [`grpc`] counts calls.
 //!
 //! # Invariants
 //!
 //! - Observing never blocks what it observes: a stalled journal loses lines, a scrape reads atomics.
-//! - An event id, a field name and a metric name are interfaces; they never change their meaning.
+//! - A metric name is an interface; it never changes its meaning.
+//!
+//! # Not here
+//!
+//! What is said, and the names of its fields: [`crate::events`]. Counting: [`crate::metrics`].
 
-pub mod events;
-pub mod fields;
+pub mod forward;
 pub mod grpc;
 pub mod http;
 pub mod journal;
 pub mod logging;
-
-pub use events::EventId;

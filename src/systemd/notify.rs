@@ -1,87 +1,79 @@
 //! Sends the service manager's messages (`sd_notify(3)`).
 //!
-//! Our own and not the sd-notify crate's, because the socket is a value here: tests stand in for the service manager,
-//! and nothing depends on the process environment after start. Sending never blocks and never fails the caller:
-//! a full socket loses a status line, and the next one replaces it anyway.
+//! The `sd-notify` crate knows the protocol; what is ours is that nothing else needs to ask whether there is a service manager,
+//! and that a message cannot carry more than it was meant to. Sending never fails the caller: a status line that is lost is
+//! replaced by the next one anyway.
+//!
+//! The crate sends on the calling thread over a blocking socket. Unlike the journal's (`observe::forward` says how that is
+//! dealt with), this one is emptied by PID 1, whose loop writes to no card, and it holds hundreds of messages
+//! (`net.unix.max_dgram_qlen`). We send a few a minute.
+//!
+//! # Not here
+//!
+//! Sockets in the abstract namespace (`NOTIFY_SOCKET=@…`): the crate does not know them; systemd's own is the path
+//! `/run/systemd/notify`.
 
-use std::io;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::sync::Arc;
 use std::time::Duration;
+
+use sd_notify::NotifyState;
 
 /// Longest status line, so that a message always fits one datagram.
 const STATUS_BYTES_MAX: usize = 1024;
 
-/// Where messages go. Cheap to clone; silent without a service manager.
-#[derive(Clone, Debug, Default)]
-pub struct Notifier(Option<Arc<Target>>);
-
-#[derive(Debug)]
-struct Target {
-    socket: UnixDatagram,
-    address: SocketAddr,
+/// The service manager, if there is one.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Notifier {
+    heard: bool,
 }
 
 impl Notifier {
     /// A notifier nobody listens to.
     pub const fn silent() -> Self {
-        Self(None)
+        Self { heard: false }
     }
 
     /// The socket named by `$NOTIFY_SOCKET`; silent when it is not set.
-    pub fn from_environment() -> io::Result<Self> {
-        match std::env::var("NOTIFY_SOCKET") {
-            Ok(name) => Self::to_socket(&name),
-            Err(_) => Ok(Self::silent()),
-        }
-    }
-
-    /// A socket by name: a path, or an abstract name behind `@`.
-    pub fn to_socket(name: &str) -> io::Result<Self> {
-        let address = match name.strip_prefix('@') {
-            Some(abstract_name) => SocketAddr::from_abstract_name(abstract_name)?,
-            None => SocketAddr::from_pathname(name)?,
-        };
-        let socket = UnixDatagram::unbound()?;
-        socket.set_nonblocking(true)?;
-        Ok(Self(Some(Arc::new(Target { socket, address }))))
+    pub fn from_environment() -> Self {
+        Self { heard: std::env::var_os("NOTIFY_SOCKET").is_some_and(|name| !name.is_empty()) }
     }
 
     /// Whether a service manager listens.
-    pub const fn is_heard(&self) -> bool {
-        self.0.is_some()
+    pub const fn is_heard(self) -> bool {
+        self.heard
     }
 
     /// The service is up.
-    pub fn ready(&self) {
-        self.send("READY=1");
+    pub fn ready(self) {
+        self.send(NotifyState::Ready);
     }
 
     /// One line in words, shown by `systemctl status`.
-    pub fn status(&self, text: &str) {
-        self.send(&format!("STATUS={}", one_line(text)));
+    pub fn status(self, text: &str) {
+        self.send(NotifyState::Status(&one_line(text)));
     }
 
     /// The service has begun to stop.
-    pub fn stopping(&self) {
-        self.send("STOPPING=1");
+    pub fn stopping(self) {
+        self.send(NotifyState::Stopping);
     }
 
     /// The service is alive.
-    pub fn watchdog(&self) {
-        self.send("WATCHDOG=1");
+    pub fn watchdog(self) {
+        self.send(NotifyState::Watchdog);
     }
 
-    /// Start or stop may take this long from now on. Call it again while there is progress.
-    pub fn extend_timeout(&self, duration: Duration) {
-        self.send(&format!("EXTEND_TIMEOUT_USEC={}", duration.as_micros()));
+    /// Start or stop may take this long from now on, at most an hour. Call it again while there is progress.
+    pub fn extend_timeout(self, duration: Duration) {
+        let micros = u32::try_from(duration.as_micros()).unwrap_or(u32::MAX);
+        self.send(NotifyState::ExtendTimeoutUsec(micros));
     }
 
-    fn send(&self, message: &str) {
-        let Some(target) = &self.0 else { return };
-        if let Err(error) = target.socket.send_to_addr(message.as_bytes(), &target.address) {
-            tracing::debug!(%error, message, "the service manager was not told");
+    fn send(self, message: NotifyState<'_>) {
+        if !self.heard {
+            return;
+        }
+        if let Err(error) = sd_notify::notify(std::slice::from_ref(&message)) {
+            tracing::debug!(%error, %message, "the service manager was not told");
         }
     }
 }
@@ -100,31 +92,39 @@ fn one_line(text: &str) -> String {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
+    use std::os::unix::net::UnixDatagram;
+
     use super::*;
+    use crate::testkit::rerun;
 
     /// A stand-in for the service manager.
-    pub(in crate::systemd) struct Listener {
-        socket: UnixDatagram,
-        _dir: tempfile::TempDir,
-    }
+    pub(in crate::systemd) struct Listener(UnixDatagram);
 
     impl Listener {
-        pub(in crate::systemd) fn new() -> (Self, Notifier) {
-            let dir = tempfile::tempdir().unwrap();
-            let path = dir.path().join("notify");
-            let socket = UnixDatagram::bind(&path).unwrap();
+        /// The environment of a process is one for all its tests, so each test that listens gets a process of its own:
+        /// `Some` is in there, `None` is where it was started from and has passed.
+        pub(in crate::systemd) fn in_child(test: &str) -> Option<(Self, Notifier)> {
+            if !rerun::is_child(test) {
+                let dir = tempfile::tempdir().unwrap();
+                let path = dir.path().join("notify");
+                rerun::pass(test, rerun::this_binary().env("NOTIFY_SOCKET", path));
+                return None;
+            }
+            let socket = UnixDatagram::bind(std::env::var_os("NOTIFY_SOCKET").unwrap()).unwrap();
             socket.set_nonblocking(true).unwrap();
-            let notifier = Notifier::to_socket(path.to_str().unwrap()).unwrap();
-            (Self { socket, _dir: dir }, notifier)
+            let notifier = Notifier::from_environment();
+            assert!(notifier.is_heard());
+            Some((Self(socket), notifier))
         }
 
         /// Everything sent so far. Datagrams on a Unix socket arrive before the send returns.
         pub(in crate::systemd) fn drain(&self) -> Vec<String> {
             let mut messages = Vec::new();
             let mut buffer = [0; 4096];
-            while let Ok(length) = self.socket.recv(&mut buffer) {
-                messages.push(String::from_utf8(buffer[..length].to_vec()).unwrap());
+            while let Ok(length) = self.0.recv(&mut buffer) {
+                let message = std::str::from_utf8(&buffer[..length]).unwrap();
+                messages.push(message.strip_suffix('\n').unwrap().to_owned());
             }
             messages
         }
@@ -132,11 +132,13 @@ pub(super) mod tests {
 
     #[test]
     fn messages_arrive_as_systemd_spells_them() {
-        let (listener, notifier) = Listener::new();
+        const TEST: &str = concat!(module_path!(), "::messages_arrive_as_systemd_spells_them");
+        let Some((listener, notifier)) = Listener::in_child(TEST) else { return };
         notifier.ready();
         notifier.status("leader is pi-2");
         notifier.watchdog();
         notifier.extend_timeout(Duration::from_secs(30));
+        notifier.extend_timeout(Duration::from_hours(24));
         notifier.stopping();
         assert_eq!(
             listener.drain(),
@@ -145,26 +147,17 @@ pub(super) mod tests {
                 "STATUS=leader is pi-2",
                 "WATCHDOG=1",
                 "EXTEND_TIMEOUT_USEC=30000000",
+                "EXTEND_TIMEOUT_USEC=4294967295",
                 "STOPPING=1"
             ]
         );
     }
 
-    #[test]
-    fn abstract_sockets_are_understood() {
-        let name = format!("k3s-server-notify-test-{}", std::process::id());
-        let address = SocketAddr::from_abstract_name(&name).unwrap();
-        let socket = UnixDatagram::bind_addr(&address).unwrap();
-        Notifier::to_socket(&format!("@{name}")).unwrap().ready();
-        let mut buffer = [0; 64];
-        let length = socket.recv(&mut buffer).unwrap();
-        assert_eq!(&buffer[..length], b"READY=1");
-    }
-
     /// A peer's host name ends up in the status; it must not be able to say READY=1 for us.
     #[test]
     fn status_cannot_smuggle_a_second_assignment() {
-        let (listener, notifier) = Listener::new();
+        const TEST: &str = concat!(module_path!(), "::status_cannot_smuggle_a_second_assignment");
+        let Some((listener, notifier)) = Listener::in_child(TEST) else { return };
         notifier.status("leader is x\nREADY=1");
         notifier.status(&"é".repeat(STATUS_BYTES_MAX));
         let messages = listener.drain();
@@ -173,20 +166,24 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn full_socket_does_not_block() {
-        let (listener, notifier) = Listener::new();
-        for _ in 0..100_000 {
-            notifier.watchdog();
-        }
-        assert!(!listener.drain().is_empty());
+    fn silent_notifier_says_nothing_and_a_deaf_manager_is_fine() {
+        const TEST: &str =
+            concat!(module_path!(), "::silent_notifier_says_nothing_and_a_deaf_manager_is_fine");
+        let Some((listener, notifier)) = Listener::in_child(TEST) else { return };
+        Notifier::silent().ready();
+        assert!(listener.drain().is_empty());
+        drop(listener);
+        notifier.ready();
     }
 
     #[test]
-    fn nobody_listening_is_fine() {
-        let notifier = Notifier::silent();
-        assert!(!notifier.is_heard());
-        notifier.ready();
-        let gone = Notifier::to_socket("/nonexistent/notify").unwrap();
-        gone.ready();
+    fn without_a_socket_in_the_environment_nobody_listens() {
+        const TEST: &str =
+            concat!(module_path!(), "::without_a_socket_in_the_environment_nobody_listens");
+        if !rerun::is_child(TEST) {
+            rerun::pass(TEST, rerun::this_binary().env_remove("NOTIFY_SOCKET"));
+            return;
+        }
+        assert!(!Notifier::from_environment().is_heard());
     }
 }

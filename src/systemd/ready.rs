@@ -87,7 +87,9 @@ mod tests {
 
     #[test]
     fn ready_is_sent_once_and_only_after_the_last_latch() {
-        let (listener, notifier) = Listener::new();
+        const TEST: &str =
+            concat!(module_path!(), "::ready_is_sent_once_and_only_after_the_last_latch");
+        let Some((listener, notifier)) = Listener::in_child(TEST) else { return };
         let (readiness, [datastore, raft, api]) =
             Readiness::new(notifier, ["the datastore", "a leader", "port 2379"]);
         raft.set();
@@ -107,7 +109,9 @@ mod tests {
 
     #[test]
     fn a_dropped_latch_keeps_the_service_unready_and_named() {
-        let (listener, notifier) = Listener::new();
+        const TEST: &str =
+            concat!(module_path!(), "::a_dropped_latch_keeps_the_service_unready_and_named");
+        let Some((listener, notifier)) = Listener::in_child(TEST) else { return };
         let (readiness, [raft, api]) = Readiness::new(notifier, ["a leader", "port 2379"]);
         drop(raft);
         api.set();

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::announce;
 use crate::env::Clock;
+use crate::events::{EventId, fields};
 
 use super::{Notifier, Shutdown};
 
@@ -86,20 +88,9 @@ impl Watchdog {
         Self { interval }
     }
 
-    /// What `$WATCHDOG_USEC` and `$WATCHDOG_PID` say.
+    /// What `$WATCHDOG_USEC` says, unless `$WATCHDOG_PID` says that it is meant for another process: children inherit both.
     pub fn from_environment() -> Option<Self> {
-        let usec = std::env::var("WATCHDOG_USEC").ok()?;
-        let pid = std::env::var("WATCHDOG_PID").ok();
-        Self::parse(&usec, pid.as_deref(), std::process::id())
-    }
-
-    /// The variables are inherited by children; `WATCHDOG_PID` says whom they are meant for.
-    fn parse(usec: &str, pid: Option<&str>, own_pid: u32) -> Option<Self> {
-        if pid.is_some_and(|pid| pid.parse() != Ok(own_pid)) {
-            return None;
-        }
-        let usec: u64 = usec.parse().ok().filter(|usec| *usec > 0)?;
-        Some(Self::new(Duration::from_micros(usec)))
+        sd_notify::watchdog_enabled().filter(|interval| !interval.is_zero()).map(Self::new)
     }
 
     /// The time between feedings: a third of the interval, so that one late wake-up does no harm.
@@ -122,7 +113,11 @@ impl Watchdog {
                     silent = true;
                     let seconds = silence.as_secs();
                     notifier.status(&format!("the main loop has been silent for {seconds} s"));
-                    tracing::error!(seconds, "the main loop is silent; not feeding the watchdog");
+                    announce!(
+                        EventId::LoopSilent,
+                        { fields::MILLIS } = u64::try_from(silence.as_millis()).unwrap_or(u64::MAX),
+                        "the main loop has been silent for {seconds} s; not feeding the watchdog"
+                    );
                 }
                 Verdict::StillSilent => {}
             }
@@ -136,21 +131,40 @@ impl Watchdog {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::super::StopReason;
     use super::super::notify::tests::Listener;
     use super::*;
     use crate::env::host::HostClock;
+    use crate::testkit::rerun;
 
     const MINUTE: Duration = Duration::from_secs(60);
 
     #[test]
     fn environment_is_read_as_systemd_writes_it() {
-        let minute = Some(Watchdog::new(MINUTE));
-        assert_eq!(Watchdog::parse("60000000", None, 7), minute);
-        assert_eq!(Watchdog::parse("60000000", Some("7"), 7), minute);
-        assert_eq!(Watchdog::parse("60000000", Some("8"), 7), None);
-        assert_eq!(Watchdog::parse("0", None, 7), None);
-        assert_eq!(Watchdog::parse("soon", None, 7), None);
+        const TEST: &str = concat!(module_path!(), "::environment_is_read_as_systemd_writes_it");
+        const EXPECTED: &str = "EXPECTED_SECONDS";
+        if rerun::is_child(TEST) {
+            let seconds = std::env::var(EXPECTED).unwrap().parse().ok();
+            let expected = seconds.map(|seconds| Watchdog::new(Duration::from_secs(seconds)));
+            assert_eq!(Watchdog::from_environment(), expected);
+            return;
+        }
+        // `$$` is the shell's own process, which becomes the test's.
+        for (variables, expected) in [
+            ("WATCHDOG_USEC=60000000", "60"),
+            ("WATCHDOG_USEC=60000000 WATCHDOG_PID=$$", "60"),
+            ("WATCHDOG_USEC=60000000 WATCHDOG_PID=1", "none"),
+            ("WATCHDOG_USEC=0", "none"),
+            ("WATCHDOG_USEC=soon", "none"),
+            ("", "none"),
+        ] {
+            let script = format!("unset WATCHDOG_USEC WATCHDOG_PID; {variables} exec \"$@\"");
+            let mut command = Command::new("sh");
+            command.args(["-c", &script, "sh"]).arg(rerun::this_binary().get_program());
+            rerun::pass(TEST, command.env(EXPECTED, expected));
+        }
     }
 
     #[test]
@@ -166,7 +180,9 @@ mod tests {
     /// tokio's paused clock moves to the next timer by itself, so the whole minute takes no time.
     #[tokio::test(start_paused = true)]
     async fn dead_loop_is_fed_for_half_a_minute_and_then_no_more() {
-        let (listener, notifier) = Listener::new();
+        const TEST: &str =
+            concat!(module_path!(), "::dead_loop_is_fed_for_half_a_minute_and_then_no_more");
+        let Some((listener, notifier)) = Listener::in_child(TEST) else { return };
         let pulse = Pulse::new(Arc::new(HostClock));
         let shutdown = Shutdown::new();
         let feeder =

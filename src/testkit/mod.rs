@@ -7,6 +7,8 @@ mod chance;
 mod clock;
 pub mod disk;
 
+pub mod rerun;
+
 use std::future::Future;
 use std::sync::Arc;
 

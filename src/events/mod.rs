@@ -4,7 +4,13 @@
 //! `systemd/k3s-server.catalog` by it, `journalctl MESSAGE_ID=…` finds every occurrence. A test holds this table and the
 //! catalog against each other. Numbers were drawn at random once; never reuse or change one.
 //!
-//! Say one with [`announce!`](crate::announce): it adds the level, the number and the remedy.
+//! Say one with [`announce!`](crate::announce): it adds the level, the number and the remedy. [`fields`] names the details.
+//!
+//! # Not here
+//!
+//! Where lines go and how they look: `observe`. This module is on the lowest row so that every other one can name its events.
+
+pub mod fields;
 
 use std::fmt;
 
@@ -122,6 +128,12 @@ events! {
     /// A file with a secret can be read by others.
     SecretExposed = 0x2267d7dba8b8413382b44b47f58689f5, WARN,
         "run `chmod 600` on the file, and rotate the token if others had accounts on this machine";
+    /// The loop that everything depends on has stopped turning. The watchdog is no longer fed.
+    LoopSilent = 0x3bab740b159645f484d8b9a60882f8a1, ERROR,
+        "systemd restarts the service if this lasts; if it repeats, look for `mmc` errors in `journalctl -k`, and keep the lines around this one for a report";
+    /// The journal did not keep up, and lines are missing before this one.
+    LinesLost = 0xa96db72faa874f05a82941b6b39fffa8, WARN,
+        "look for `mmc` errors in `journalctl -k`; if the journal lives on a slow card, set `Storage=volatile` in /etc/systemd/journald.conf";
     /// This node's promises cannot be trusted; it takes no part in decisions.
     Quarantined = 0xc6b3f8e0194d4907b8833fe7b777ef60, ERROR,
         "an older image, a copied card or a lying card is behind this; remove this node from the cluster and join it again";
@@ -141,8 +153,8 @@ macro_rules! announce {
     ($id:path, $($rest:tt)+) => {
         ::tracing::event!(
             $id.level(),
-            { $crate::observe::fields::MESSAGE_ID } = %$id,
-            { $crate::observe::fields::REMEDY } = $id.remedy(),
+            { $crate::events::fields::MESSAGE_ID } = %$id,
+            { $crate::events::fields::REMEDY } = $id.remedy(),
             $($rest)+
         )
     };
@@ -215,7 +227,7 @@ mod tests {
     fn placeholders_in_the_catalog_are_fields_we_send() {
         for placeholder in CATALOG.split('@').skip(1).step_by(2) {
             let field = placeholder.to_lowercase().replacen('_', ".", 1);
-            assert!(super::super::fields::ALL.contains(&field.as_str()), "@{placeholder}@");
+            assert!(fields::ALL.contains(&field.as_str()), "@{placeholder}@");
         }
     }
 }
