@@ -43,7 +43,11 @@ fn no_input_makes_a_target_panic() {
         let corpus = corpus(target);
         let time = Duration::from_secs(seconds);
         match run(target, &corpus, Random::new(seed), time) {
-            Ok(tried) => println!("{}: {tried} inputs", target.name),
+            Ok(Count { tried, accepted }) => {
+                println!("{}: {tried} inputs, {accepted} of them accepted", target.name);
+                // Otherwise nothing behind the first check was reached.
+                assert!(tried < accepted * 200, "{} hardly accepts anything", target.name);
+            }
             Err(failure) => panic!("{}: {}", target.name, keep(target, &failure)),
         }
     }
@@ -52,13 +56,15 @@ fn no_input_makes_a_target_panic() {
 /// A loop that finds nothing proves something only if it would find something.
 #[test]
 fn a_planted_bug_is_found() {
-    fn buggy(input: &[u8]) {
+    fn buggy(input: &[u8]) -> bool {
         // Needs a length field that disagrees with the length, behind an intact magic.
         if let [b'M', b'G', length, rest @ ..] = input {
             assert!(usize::from(*length) <= rest.len() + 64, "read past the end");
         }
+        true
     }
-    let target = Target { name: "planted", seeds: Vec::new, dictionary: &[], run: buggy };
+    let target =
+        Target { name: "planted", seeds: Vec::new, dictionary: &[], message_at: None, run: buggy };
     let corpus = vec![b"MG\x03abc".to_vec(), b"MG\x00".to_vec()];
     let failure = run(&target, &corpus, Random::new(SEED), Duration::from_secs(20));
     let failure = failure.expect_err("the planted bug");
@@ -73,34 +79,42 @@ struct Failure {
     what: String,
 }
 
-/// Tries the corpus unchanged, then mutations of it until the time is up. Returns how many inputs were tried.
+/// What a run did.
+#[derive(Clone, Copy, Debug, Default)]
+struct Count {
+    tried: usize,
+    accepted: usize,
+}
+
+/// Tries the corpus unchanged, then mutations of it until the time is up.
 fn run(
     target: &Target,
     corpus: &[Vec<u8>],
     random: Random,
     time: Duration,
-) -> Result<usize, Failure> {
+) -> Result<Count, Failure> {
     assert!(!corpus.is_empty(), "no corpus for {}", target.name);
-    let mut tried = 0;
+    let mut count = Count::default();
     for input in corpus {
-        attempt(target, input)?;
-        tried += 1;
+        count.accepted += usize::from(attempt(target, input)?);
+        count.tried += 1;
     }
-    let mut mutator = Mutator::new(random, corpus, target.dictionary);
+    let mut mutator = Mutator::new(random, corpus, target.dictionary, target.message_at);
     let deadline = Instant::now() + time;
     while Instant::now() < deadline {
-        attempt(target, &mutator.input())?;
-        tried += 1;
+        count.accepted += usize::from(attempt(target, &mutator.input())?);
+        count.tried += 1;
     }
-    Ok(tried)
+    Ok(count)
 }
 
-fn attempt(target: &Target, input: &[u8]) -> Result<(), Failure> {
+/// Whether the input was accepted.
+fn attempt(target: &Target, input: &[u8]) -> Result<bool, Failure> {
     let started = Instant::now();
     let outcome = catch_unwind(AssertUnwindSafe(|| (target.run)(input)));
     let what = match outcome {
-        Ok(()) if started.elapsed() < INPUT_MAX => return Ok(()),
-        Ok(()) => format!("took {:?}", started.elapsed()),
+        Ok(accepted) if started.elapsed() < INPUT_MAX => return Ok(accepted),
+        Ok(_) => format!("took {:?}", started.elapsed()),
         Err(panic) => panic
             .downcast_ref::<String>()
             .cloned()
