@@ -66,6 +66,15 @@ pub const STATE_CACHE_BYTES: usize = 16 << 20;
 /// A file that is given back when the card is full, so that deletes and compaction still work.
 pub const BALLAST_BYTES: u64 = 32 * MIB;
 
+/// With less free space than this on the card, clients may not put: what is left is for deletes and compaction.
+pub const SPACE_LOW_BYTES: u64 = 32 * MIB;
+
+/// With this much free space, beside the ballast, they may again.
+pub const SPACE_ENOUGH_BYTES: u64 = 96 * MIB;
+
+/// Writes to the state machine's file that may be held in memory while the card is slow, or full.
+pub const STATE_HELD_BYTES_MAX: usize = 32 << 20;
+
 const _: () = {
     assert!(REQUEST_BYTES_MAX + GRPC_OVERHEAD_BYTES <= WAL_RECORD_BYTES_MAX);
     assert!(WAL_BATCH_BYTES_MAX + WAL_RECORD_BYTES_MAX + WAL_BLOCK_BYTES <= WAL_FRAME_BYTES_MAX);
@@ -73,4 +82,7 @@ const _: () = {
     assert!(WAL_SEGMENT_BYTES.is_multiple_of(WAL_BLOCK_BYTES));
     assert!(CHECKPOINT_LOG_BYTES.div_ceil(WAL_SEGMENT_BYTES) + 2 <= WAL_SLOTS_MIN as u64);
     assert!(WAL_SLOTS_MIN <= WAL_SLOTS_MAX);
+    // Giving the ballast back must not look like enough room, and must make room for what is held.
+    assert!(SPACE_LOW_BYTES + BALLAST_BYTES < SPACE_ENOUGH_BYTES);
+    assert!(STATE_HELD_BYTES_MAX as u64 <= BALLAST_BYTES);
 };

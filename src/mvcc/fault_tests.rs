@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use super::*;
 use crate::env::{BoxFuture, Disk, DiskFile, Env, Open, host};
+use crate::testkit::wait;
 
 /// Operations left before the card is gone.
 #[derive(Clone, Debug)]
@@ -122,10 +123,10 @@ fn run(work: fn(&Store) -> Result<(), StoreError>, operations: u64) -> Run {
     let real = host::env();
     let disk = Arc::new(DyingDisk(Arc::clone(&real.disk), left.clone()));
     let env = Env { disk, ..real.clone() };
-    let options = Options { cache_bytes: 64 << 10 };
+    let options = Options { cache_bytes: 64 << 10, drain: DrainOn::Thread };
     let store = Store::open(&env, &path, &options).unwrap();
     write(&store, 0..40).unwrap();
-    store.checkpoint().unwrap();
+    wait(store.checkpoint().unwrap().durable()).unwrap();
     let before = store.read().unwrap().state_hash().unwrap();
 
     left.0.store(operations, Ordering::SeqCst);
@@ -168,13 +169,13 @@ fn dies_at_every_operation(work: fn(&Store) -> Result<(), StoreError>) {
 fn card_that_dies_during_a_checkpoint_leaves_a_whole_state() {
     dies_at_every_operation(|store| {
         write(store, 10..60)?;
-        store.checkpoint().map(drop)
+        wait(store.checkpoint()?.durable())
     });
 }
 
 #[test]
 fn card_that_dies_during_a_defragmentation_leaves_a_whole_state() {
-    dies_at_every_operation(|store| store.defragment().map(drop));
+    dies_at_every_operation(|store| wait(store.defragment()).map(drop));
 }
 
 #[test]
@@ -182,6 +183,6 @@ fn card_that_dies_during_a_restore_leaves_a_whole_state() {
     dies_at_every_operation(|store| {
         let mut stream = Vec::new();
         store.dump(&mut stream)?;
-        store.restore(&mut stream.as_slice()).map(drop)
+        wait(store.restore(&mut stream.as_slice())).map(drop)
     });
 }

@@ -26,6 +26,7 @@
 //! What a command means (`apply`), when to checkpoint and to compact (`raft`, `etcd`), time (`lease`).
 
 pub mod backend;
+pub mod ballast;
 mod compaction;
 mod dump;
 mod engine;
@@ -38,7 +39,13 @@ mod view;
 mod write;
 
 #[cfg(test)]
+mod damage_tests;
+#[cfg(test)]
 mod fault_tests;
+#[cfg(test)]
+mod full_tests;
+#[cfg(test)]
+mod memory_disk;
 #[cfg(test)]
 mod tests;
 

@@ -8,10 +8,10 @@ use redb::{ReadOnlyTable, ReadTransaction, ReadableTable, TableDefinition};
 use crate::proto::mvccpb::{Event, KeyValue, event::EventType};
 use crate::types::{ClusterId, LeaseId, LogId, NodeId, Revision};
 
+use super::engine::Engine;
 use super::format::{
     self, HEAD_KEY, Head, LeaseValue, MEMBERSHIP_KEY, POSITION_BYTES, Position, RevRecord, Table,
 };
-use super::engine::Engine;
 use super::view::{self, Entry, Keys, RevKey, Slice, View, Visit};
 use super::{KeyRange, LeaseRecord, RevisionEvents, StoreError};
 
@@ -44,14 +44,7 @@ impl ReadTxn {
         let txn = engine.begin_read()?;
         let meta = txn.open_table(META)?;
         let head = read_head(&meta)?;
-        Ok(Self {
-            head,
-            cur: txn.open_table(CUR)?,
-            rev: txn.open_table(REV)?,
-            meta,
-            txn,
-            engine,
-        })
+        Ok(Self { head, cur: txn.open_table(CUR)?, rev: txn.open_table(REV)?, meta, txn, engine })
     }
 
     pub(super) fn keys(

@@ -225,6 +225,11 @@ impl Store {
         Engine::close(engine).await
     }
 
+    /// Whether [`Store::close`] was called.
+    pub fn is_closed(&self) -> bool {
+        self.engine().is_err()
+    }
+
     /// Completes when the file cannot be used any more, and says why. Never, if the store is closed or dropped
     /// before.
     pub fn failed(&self) -> impl Future<Output = Failure> + Send + 'static {
@@ -322,11 +327,8 @@ impl Store {
 
 fn replace_failure(error: &StoreError) -> Failure {
     error.failure().unwrap_or_else(|| {
-        let kind = if error.is_no_space() {
-            io::ErrorKind::StorageFull
-        } else {
-            io::ErrorKind::Other
-        };
+        let kind =
+            if error.is_no_space() { io::ErrorKind::StorageFull } else { io::ErrorKind::Other };
         Failure::io(Operation::Replace, io::Error::new(kind, error.to_string()))
     })
 }

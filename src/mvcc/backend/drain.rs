@@ -177,12 +177,7 @@ impl Drain {
         Ok(())
     }
 
-    async fn write_table(
-        &self,
-        file: &dyn DiskFile,
-        bytes: &[u8],
-        at: u64,
-    ) -> Result<(), Failure> {
+    async fn write_table(&self, file: &dyn DiskFile, bytes: &[u8], at: u64) -> Result<(), Failure> {
         self.shared.lock().stats.table_bytes += bytes.len() as u64;
         self.with_room(Operation::Table, || file.write_at(bytes, at)).await
     }

@@ -92,6 +92,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Notify, watch};
 
 use crate::env::{DiskFile, Env};
+use crate::limits;
 
 pub use drain::Drain;
 pub use failure::{DamagedBlock, Failure, Fault, Operation, Reports, is_full};
@@ -150,7 +151,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            held_bytes_max: 32 << 20,
+            held_bytes_max: limits::STATE_HELD_BYTES_MAX,
             epoch_bytes_max: 8 << 20,
             chunk_bytes: 128 << 10,
             burst_bytes: 512 << 10,

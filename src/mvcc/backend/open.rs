@@ -26,8 +26,8 @@ use super::drain::TableFile;
 use super::overlay::{BLOCK_BYTES, Overlay, ZERO_CRC, offset_of};
 use super::table::{HEADER_BYTES, HeaderCopy, Table, Tag};
 use super::{
-    Backend, DamagedBlock, Drain, Epoch, OpenReport, Options, Progress, Reports, Shared, State, Stats,
-    TableOrigin, parent, table_paths,
+    Backend, DamagedBlock, Drain, Epoch, OpenReport, Options, Progress, Reports, Shared, State,
+    Stats, TableOrigin, parent, table_paths,
 };
 
 /// How a redb file begins.
@@ -103,11 +103,12 @@ pub(super) fn open(
 
     let [first, second] = &paths;
     let table_files = [open_table(env, first)?, open_table(env, second)?];
-    let table = recovered
-        .table
-        .map(|(slot, start, end)| TableFile { file: table_files[slot].clone(), start, end });
-    let shared =
-        shared(file, recovered.id, recovered.overlay, recovered.report, options, reports);
+    let table = recovered.table.map(|(slot, start, end)| TableFile {
+        file: table_files[slot].clone(),
+        start,
+        end,
+    });
+    let shared = shared(file, recovered.id, recovered.overlay, recovered.report, options, reports);
     let drain = Drain {
         shared: shared.clone(),
         env: env.clone(),
