@@ -23,6 +23,7 @@
 mod alarm;
 mod kv;
 mod lease;
+mod operations;
 mod range;
 mod txn;
 
@@ -33,6 +34,8 @@ use crate::command::Command;
 use crate::mvcc::{ReadTxn, RevisionError, RevisionEvents, StoreError, View, WriteTxn};
 use crate::proto::etcdserverpb as pb;
 use crate::types::{LeaseId, LogId, Revision};
+
+pub use operations::Operations;
 
 /// A definite "no" that changed nothing. Mapped to etcd's status code and text in `etcd::error`.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,6 +6,7 @@
 //! - At most [`REVOCATIONS_MAX`] revocations are under way, and one per lease.
 
 use std::future::Future;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,30 @@ pub struct Leases {
     due: Notify,
     /// Tells those who wait for the end of a revocation.
     changes: watch::Sender<()>,
+    counters: Counters,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    granted: AtomicU64,
+    revoked: AtomicU64,
+    renewed: AtomicU64,
+    expired: AtomicU64,
+}
+
+/// Sizes for metrics, and what happened since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LeaseStatistics {
+    /// Leases alive.
+    pub alive: usize,
+    /// Grants applied.
+    pub granted: u64,
+    /// Revocations applied, those of expired leases included.
+    pub revoked: u64,
+    /// Renewals answered by this node as leader.
+    pub renewed: u64,
+    /// Leases that ran out while this node led.
+    pub expired: u64,
 }
 
 impl std::fmt::Debug for Leases {
@@ -55,6 +80,7 @@ impl Leases {
             clock,
             due: Notify::new(),
             changes: watch::Sender::new(()),
+            counters: Counters::default(),
         };
         leases.restored(store)?;
         Ok(leases)
@@ -69,8 +95,14 @@ impl Leases {
         let mut lessor = self.lock();
         for change in changes {
             match change {
-                LeaseChange::Granted { id, ttl_secs } => lessor.granted(now, *id, *ttl_secs),
-                LeaseChange::Revoked(id) => lessor.revoked(*id),
+                LeaseChange::Granted { id, ttl_secs } => {
+                    lessor.granted(now, *id, *ttl_secs);
+                    self.counters.granted.fetch_add(1, Relaxed);
+                }
+                LeaseChange::Revoked(id) => {
+                    lessor.revoked(*id);
+                    self.counters.revoked.fetch_add(1, Relaxed);
+                }
                 LeaseChange::Checkpointed { id, remaining_secs } => {
                     lessor.checkpointed(now, *id, *remaining_secs);
                 }
@@ -93,14 +125,25 @@ impl Leases {
         Ok(())
     }
 
-    /// How many leases there are; for metrics.
-    pub fn count(&self) -> usize {
-        self.lock().leases().len()
+    /// How many leases there are, and what happened to them.
+    pub fn statistics(&self) -> LeaseStatistics {
+        let Counters { granted, revoked, renewed, expired } = &self.counters;
+        LeaseStatistics {
+            alive: self.lock().count(),
+            granted: granted.load(Relaxed),
+            revoked: revoked.load(Relaxed),
+            renewed: renewed.load(Relaxed),
+            expired: expired.load(Relaxed),
+        }
     }
 
     pub(super) fn renew(&self, id: LeaseId) -> Result<i64, RenewError> {
         let now = self.clock.now();
-        self.lock().renew(now, id)
+        let renewed = self.lock().renew(now, id);
+        if renewed.is_ok() {
+            self.counters.renewed.fetch_add(1, Relaxed);
+        }
+        renewed
     }
 
     pub(super) fn lease(&self, id: LeaseId) -> Option<Lease> {
@@ -249,7 +292,10 @@ async fn revoke(node: &Node, leases: &Leases, id: LeaseId, deadline: Instant) {
             leases.lock().revoked(id);
             leases.wake();
         }
-        Ok(_) => tracing::debug!(lease = %id.get(), "lease expired"),
+        Ok(_) => {
+            leases.counters.expired.fetch_add(1, Relaxed);
+            tracing::debug!(lease = %id.get(), "lease expired");
+        }
         Err(error) => {
             tracing::debug!(lease = %id.get(), %error, "the expiry of a lease will be tried again");
             let now = leases.clock.now();

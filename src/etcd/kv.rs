@@ -10,7 +10,7 @@ use super::api::{Api, wrong_reply};
 use super::error::EtcdError;
 use super::range_stream::{self, RangeChunks};
 use super::validate;
-use crate::apply::{self, Refusal, Reply};
+use crate::apply::{self, Operations, Refusal, Reply};
 use crate::command::Command;
 use crate::proto::etcdserverpb as pb;
 use crate::proto::etcdserverpb::kv_server::Kv;
@@ -40,6 +40,7 @@ impl Api {
             self.scan(view, move |view| apply::range(view, &request)).await?
         };
         let mut response = read.map_err(EtcdError::from)?;
+        self.parts().node.count(Operations::RANGE);
         response.header = self.header_at(revision);
         Ok(response)
     }
@@ -109,7 +110,9 @@ impl Api {
         let revision = view.revision();
         let read: Result<pb::TxnResponse, Refusal> =
             self.scan(view, move |view| apply::read_only_txn(view, &request)).await?;
-        Ok((read.map_err(EtcdError::from)?, revision))
+        let response = read.map_err(EtcdError::from)?;
+        self.parts().node.count(Operations::of_txn(&response));
+        Ok((response, revision))
     }
 
     async fn compact(

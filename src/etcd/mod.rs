@@ -52,7 +52,7 @@ use crate::types::{LeaseId, NodeId};
 use crate::watch::Hub;
 
 pub use api::Api;
-pub use expiry::Leases;
+pub use expiry::{LeaseStatistics, Leases};
 pub use http::{HealthQuery, Unhealthy};
 pub use server::{ServeError, serve};
 

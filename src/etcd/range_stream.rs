@@ -20,7 +20,7 @@ use tonic::Status;
 use super::api::{Api, Freshness};
 use super::error::EtcdError;
 use super::validate;
-use crate::apply;
+use crate::apply::{self, Operations};
 use crate::proto::etcdserverpb as pb;
 use crate::proto::etcdserverpb::range_request::{SortOrder, SortTarget};
 
@@ -54,6 +54,7 @@ pub(super) async fn open(
         ));
     }
     let freshness = api.freshness(request.serializable, deadline).await?;
+    api.parts().node.count(Operations::RANGE);
     let pieces = Pieces::new(api.settings().request_bytes_max);
     let cursor = Cursor { api, request, freshness, pieces, count: None };
     Ok(Box::pin(stream::try_unfold(Some(cursor), |cursor| async move {

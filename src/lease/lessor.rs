@@ -183,6 +183,11 @@ impl Lessor {
         self.leases.contains_key(&id)
     }
 
+    /// How many leases exist.
+    pub fn count(&self) -> usize {
+        self.leases.len()
+    }
+
     /// All leases: on the leader the one that expires next first, elsewhere by id.
     pub fn leases(&self) -> Vec<LeaseId> {
         let mut all: Vec<_> = self.leases.iter().map(|(id, s)| (s.expires, *id)).collect();

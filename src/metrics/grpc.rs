@@ -10,8 +10,9 @@ use std::time::Instant;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+
+use super::histogram::Durations;
 
 /// Streams in neither direction.
 const UNARY: &str = "unary";
@@ -124,6 +125,12 @@ const CODES: [&str; 17] = [
     "Unauthenticated",
 ];
 
+/// The Go middleware's default buckets, 5 ms to 10 s.
+static HANDLING_MICROS: [u64; 11] = [
+    5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000, 5_000_000,
+    10_000_000,
+];
+
 /// The code of a call whose client went away.
 pub const CANCELED: u16 = 1;
 
@@ -148,7 +155,7 @@ struct Families {
     handled: Family<CodeLabels, Counter>,
     received: Family<MethodLabels, Counter>,
     sent: Family<MethodLabels, Counter>,
-    seconds: Family<MethodLabels, Histogram, fn() -> Histogram>,
+    seconds: Family<MethodLabels, Durations, fn() -> Durations>,
 }
 
 /// Call counters of all methods.
@@ -168,16 +175,14 @@ struct MethodHandles {
     started: Counter,
     received: Counter,
     sent: Counter,
-    seconds: Histogram,
+    seconds: Durations,
     succeeded: Counter,
     handled: Family<CodeLabels, Counter>,
 }
 
 impl Grpc {
     pub(super) fn register(registry: &mut Registry) -> Self {
-        // The Go middleware's default buckets.
-        let seconds: fn() -> Histogram =
-            || Histogram::new([0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]);
+        let seconds: fn() -> Durations = || Durations::new(&HANDLING_MICROS);
         let families = Families {
             started: Family::default(),
             handled: Family::default(),
@@ -287,7 +292,7 @@ impl Call {
         }
         self.finished = true;
         let handles = &self.method.0;
-        handles.seconds.observe(self.started.elapsed().as_secs_f64());
+        handles.seconds.observe(self.started.elapsed());
         if code == 0 {
             handles.succeeded.inc();
         } else {

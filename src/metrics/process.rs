@@ -8,9 +8,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage};
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
-use prometheus_client::metrics::counter::ConstCounter;
-use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::encoding::DescriptorEncoder;
+
+use super::page::Page;
 
 /// The collector. See the module documentation.
 #[derive(Debug)]
@@ -31,6 +31,8 @@ pub struct Reading {
     pub max_fds: Option<u64>,
     /// User and system time.
     pub cpu_seconds: Option<f64>,
+    /// Bytes handed to storage, the kernel's count: the log, the state and everything else.
+    pub written_bytes: Option<u64>,
 }
 
 impl Process {
@@ -43,6 +45,7 @@ impl Process {
 /// Reads the kernel's tables about this process.
 pub fn read() -> Reading {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let io = fs::read_to_string("/proc/self/io").unwrap_or_default();
     Reading {
         resident_bytes: field_bytes(&status, "VmRSS:"),
         virtual_bytes: field_bytes(&status, "VmSize:"),
@@ -54,13 +57,18 @@ pub fn read() -> Reading {
         cpu_seconds: getrusage(UsageWho::RUSAGE_SELF)
             .ok()
             .map(|usage| seconds(usage.user_time()) + seconds(usage.system_time())),
+        written_bytes: field(&io, "write_bytes:").and_then(|bytes| bytes.parse().ok()),
     }
+}
+
+/// What stands behind a name at the start of a line.
+fn field<'t>(text: &'t str, name: &str) -> Option<&'t str> {
+    text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
 }
 
 /// `VmRSS:    1234 kB` in bytes. The kernel's "kB" are 1 024 bytes on every page size.
 fn field_bytes(status: &str, name: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    let kib: u64 = field(status, name)?.strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
 
@@ -70,7 +78,8 @@ fn seconds(time: nix::sys::time::TimeVal) -> f64 {
 }
 
 impl Collector for Process {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let mut page = Page::new(encoder);
         let reading = read();
         let started = self.started.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let gauges = [
@@ -90,23 +99,16 @@ impl Collector for Process {
         ];
         for (name, help, value) in gauges {
             if let Some(value) = value {
-                let metric = ConstGauge::new(value);
-                metric.encode(encoder.encode_descriptor(
-                    name,
-                    help,
-                    None,
-                    metric.metric_type(),
-                )?)?;
+                page.gauges(&[(name, help, value)])?;
             }
         }
-        if let Some(value) = reading.cpu_seconds {
-            let metric = ConstCounter::new(value);
-            metric.encode(encoder.encode_descriptor(
-                "process_cpu_seconds",
-                "Total user and system CPU time spent in seconds",
-                None,
-                metric.metric_type(),
-            )?)?;
+        if let Some(seconds) = reading.cpu_seconds {
+            let help = "Total user and system CPU time spent in seconds";
+            page.seconds_counter(("process_cpu_seconds", help, seconds))?;
+        }
+        if let Some(bytes) = reading.written_bytes {
+            let help = "Bytes that this process caused to be written to storage";
+            page.counters(&[("process_io_storage_written_bytes", help, bytes)])?;
         }
         Ok(())
     }
@@ -124,6 +126,7 @@ mod tests {
         assert!(reading.open_fds.unwrap() >= 3);
         assert!(reading.max_fds.unwrap() >= reading.open_fds.unwrap());
         assert!(reading.cpu_seconds.unwrap() > 0.0);
+        assert!(reading.written_bytes.is_some());
     }
 
     #[test]

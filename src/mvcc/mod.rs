@@ -122,6 +122,15 @@ pub struct StoreSize {
     pub in_use: u64,
 }
 
+/// How many records the store holds; for metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Keys, those deleted since the last compaction included.
+    pub keys: u64,
+    /// Changes of keys that can still be read: what compaction has left.
+    pub changes: u64,
+}
+
 impl KeyRange {
     /// The range a request means: no end is one key, an end of one zero byte is "from key on".
     pub fn new(key: Bytes, end: Bytes) -> Self {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use redb::{ReadOnlyTable, ReadTransaction, ReadableTable, TableDefinition};
+use redb::{ReadOnlyTable, ReadTransaction, ReadableTable, ReadableTableMetadata, TableDefinition};
 
 use crate::proto::mvccpb::{Event, KeyValue, event::EventType};
 use crate::types::{ClusterId, LeaseId, LogId, NodeId, Revision};
@@ -13,7 +13,7 @@ use super::format::{
     self, HEAD_KEY, Head, LeaseValue, MEMBERSHIP_KEY, POSITION_BYTES, Position, RevRecord, Table,
 };
 use super::view::{self, Entry, Keys, RevKey, Slice, View, Visit};
-use super::{KeyRange, LeaseRecord, RevisionEvents, StoreError};
+use super::{Counts, KeyRange, LeaseRecord, RevisionEvents, StoreError};
 
 pub(super) const REV: TableDefinition<'static, RevKey, Slice> = TableDefinition::new("rev");
 pub(super) const CUR: TableDefinition<'static, Slice, Slice> = TableDefinition::new("cur");
@@ -181,6 +181,11 @@ impl ReadTxn {
     /// The last applied entry.
     pub const fn applied(&self) -> Option<LogId> {
         self.head.applied
+    }
+
+    /// How much there is. Read from the tables' roots, so it costs nothing to speak of.
+    pub fn counts(&self) -> Result<Counts, StoreError> {
+        Ok(Counts { keys: self.cur.len()?, changes: self.rev.len()? })
     }
 
     /// The cluster this state belongs to.

@@ -92,12 +92,12 @@ pub struct Version {
 #[derive(Clone)]
 struct Endpoints {
     health: Arc<dyn HealthSource>,
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
     version: Version,
 }
 
 /// The service of port 2381.
-pub fn router(health: Arc<dyn HealthSource>, metrics: Metrics, version: Version) -> Router {
+pub fn router(health: Arc<dyn HealthSource>, metrics: Arc<Metrics>, version: Version) -> Router {
     Router::new()
         .route("/metrics", any(show_metrics))
         .route("/version", any(show_version))
@@ -132,7 +132,11 @@ fn json(body: String) -> Response {
 }
 
 async fn show_metrics(State(endpoints): State<Endpoints>) -> Response {
-    ([(header::CONTENT_TYPE, CONTENT_TYPE)], endpoints.metrics.text()).into_response()
+    // The numbers come from where they are kept, the store on the card among them: not on a thread that serves others.
+    match tokio::task::spawn_blocking(move || endpoints.metrics.text()).await {
+        Ok(page) => ([(header::CONTENT_TYPE, CONTENT_TYPE)], page).into_response(),
+        Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+    }
 }
 
 async fn show_version(State(endpoints): State<Endpoints>) -> Response {

@@ -24,6 +24,7 @@ pub mod node;
 mod log_store;
 mod network;
 mod state_machine;
+mod stats;
 mod types;
 
 #[cfg(test)]
@@ -39,6 +40,7 @@ use crate::types::{ClusterId, LogId, LogIndex, NodeId, Revision, Term};
 
 pub use change::ChangeError;
 pub use node::{Node, Options, Parts, StartError, StopError};
+pub use stats::Stats;
 
 /// Why a proposal has no outcome. Only `NoLeader` and `TooManyRequests` say that the command was not applied: they
 /// are answered before it enters the log.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver as _;
@@ -16,9 +17,10 @@ use super::checkpoint::{self, CheckpointMark, Schedule};
 use super::log_store::LogStore;
 use super::network::Peers;
 use super::state_machine::{AppliedNote, StateMachine};
+use super::stats::{Counters, Stats};
 use super::types::{self, Raft, TypeConfig, Waiter};
 use super::{Follow, Member, ProposeError, ReadBarrier, ReadError, Role, Status};
-use crate::apply::Outcome;
+use crate::apply::{Operations, Outcome};
 use crate::command::{Command, Encoded};
 use crate::env::Env;
 use crate::limits;
@@ -85,6 +87,8 @@ struct Shared {
     status: watch::Receiver<Status>,
     /// Set when the node cannot go on; says why.
     failure: watch::Receiver<Option<String>>,
+    counters: Arc<Counters>,
+    mark: Arc<CheckpointMark>,
     checkpoint_requests: mpsc::UnboundedSender<CheckpointRequest>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -147,14 +151,23 @@ impl Node {
         let id = member.id;
         let config = Arc::new(raft_config(cluster, options)?);
         let mark = Arc::new(CheckpointMark::new(store.read()?.applied()));
+        let replay_end = wal.hard_state().last.map_or(LogIndex::new(0), |last| last.index.next());
+        let clock = Arc::clone(&env.clock);
+        let counters = Arc::new(Counters::new(clock, options.election_min, replay_end));
         let (notes, applied_notes) = mpsc::unbounded_channel();
         let log_store = LogStore::new(wal.clone(), Arc::clone(&mark));
-        let machine = StateMachine::new(store.clone(), Arc::clone(&mark), followers, notes);
+        let machine = StateMachine::new(
+            store.clone(),
+            Arc::clone(&mark),
+            followers,
+            notes,
+            Arc::clone(&counters),
+        );
         let raft = Raft::new(id.get(), config, Peers, log_store, machine)
             .await
             .map_err(|error| StartError::Storage(error.to_string()))?;
 
-        let (status, failure, follow) = follow_metrics(&raft, cluster, id);
+        let (status, failure, follow) = follow_metrics(&raft, cluster, id, &counters);
         let (checkpoint_requests, requests) = mpsc::unbounded_channel();
         let checkpointer = Checkpointer {
             schedule: Schedule::new(options.checkpoint, env.clock.now(), bytes_written(&wal)),
@@ -162,12 +175,24 @@ impl Node {
             raft: raft.clone(),
             wal: wal.clone(),
             store: store.clone(),
-            mark,
+            mark: Arc::clone(&mark),
+            counters: Arc::clone(&counters),
         };
         let checkpoints = tokio::spawn(checkpointer.run(applied_notes, requests));
         let tasks = vec![follow, checkpoints];
-        let shared =
-            Shared { raft, wal, store, env, id, status, failure, checkpoint_requests, tasks };
+        let shared = Shared {
+            raft,
+            wal,
+            store,
+            env,
+            id,
+            status,
+            failure,
+            counters,
+            mark,
+            checkpoint_requests,
+            tasks,
+        };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -203,6 +228,17 @@ impl Node {
     /// Waits out the absence of a leader until the deadline, because a proposal that never entered the log is
     /// safe to offer again. One that did is never offered twice.
     pub async fn propose(
+        &self,
+        command: Command,
+        deadline: Instant,
+    ) -> Result<Outcome, ProposeError> {
+        let _pending = self.shared.counters.proposal();
+        let result = self.propose_by(command, deadline).await;
+        self.shared.counters.proposed(&result);
+        result
+    }
+
+    async fn propose_by(
         &self,
         command: Command,
         deadline: Instant,
@@ -258,6 +294,13 @@ impl Node {
 
     /// Confirms with a majority that everything acknowledged before this call is in the local store.
     pub async fn read_barrier(&self, deadline: Instant) -> Result<ReadBarrier, ReadError> {
+        let start = self.shared.counters.now();
+        let result = self.confirm_by(deadline).await;
+        self.shared.counters.confirmed(start, &result);
+        result
+    }
+
+    async fn confirm_by(&self, deadline: Instant) -> Result<ReadBarrier, ReadError> {
         let confirm = async {
             let mut status = self.shared.status.clone();
             loop {
@@ -297,6 +340,17 @@ impl Node {
     /// The node's state now.
     pub fn status(&self) -> Status {
         self.shared.status.borrow().clone()
+    }
+
+    /// What the node did since it started.
+    pub fn stats(&self) -> Stats {
+        let checkpoint = self.shared.mark.durable().map_or(LogIndex::new(0), |id| id.index);
+        self.shared.counters.snapshot(checkpoint)
+    }
+
+    /// Counts operations that were served from the store, without an entry; for [`Node::stats`].
+    pub fn count(&self, done: Operations) {
+        self.shared.counters.count(done);
     }
 
     /// The node's state, and every change of it.
@@ -388,8 +442,10 @@ fn follow_metrics(
     raft: &Raft,
     cluster: ClusterId,
     id: NodeId,
+    counters: &Arc<Counters>,
 ) -> (watch::Receiver<Status>, watch::Receiver<Option<String>>, JoinHandle<()>) {
     let mut metrics = raft.metrics();
+    let counters = Arc::clone(counters);
     let (status_tx, status) = watch::channel(status_of(&metrics.borrow_watched(), cluster, id));
     let (failure_tx, failure) = watch::channel(None);
     let task = tokio::spawn(async move {
@@ -400,6 +456,9 @@ fn follow_metrics(
             };
             status_tx.send_if_modified(|status| {
                 let changed = *status != next;
+                if next.leader.is_some() && next.leader != status.leader {
+                    counters.leader_changes.fetch_add(1, Relaxed);
+                }
                 *status = next;
                 changed
             });
@@ -450,13 +509,14 @@ struct Checkpointer {
     wal: Wal,
     store: Store,
     mark: Arc<CheckpointMark>,
+    counters: Arc<Counters>,
 }
 
 /// Newest segments that stay although a checkpoint covers them, so that a follower that lags needs no snapshot.
 const KEPT_SEGMENTS: usize = limits::WAL_SLOTS_MIN;
 
 fn bytes_written(wal: &Wal) -> ByteCount {
-    ByteCount::new(wal.stats().bytes_written)
+    ByteCount::new(wal.bytes_written())
 }
 
 /// How often time alone may make a checkpoint due.
@@ -492,14 +552,24 @@ impl Checkpointer {
     }
 
     async fn checkpoint(&mut self) -> Result<(), StoreError> {
+        let result = self.make_durable().await;
+        if result.is_err() {
+            self.counters.checkpoints_failed.fetch_add(1, Relaxed);
+        }
+        result
+    }
+
+    async fn make_durable(&mut self) -> Result<(), StoreError> {
         self.schedule.started(self.env.clock.now(), bytes_written(&self.wal));
         // Applied may be ahead of locally durable: the log first, then the store.
         if self.wal.flush().await.is_err() {
             return Err(StoreError::Stopping);
         }
+        let start = self.counters.now();
         let checkpoint = self.store.checkpoint()?;
         let Some(applied) = checkpoint.applied() else { return Ok(()) };
         checkpoint.durable().await?;
+        self.counters.checkpointed(start);
         self.mark.raise(applied);
         self.purge().await;
         Ok(())

@@ -18,11 +18,12 @@ use prost::Message;
 use tokio::sync::mpsc;
 
 use super::checkpoint::CheckpointMark;
+use super::stats::Counters;
 use super::types::{
     self, Entry, Payload, RaftLogId, Reply, SnapshotMeta, StoredMembership, TypeConfig,
 };
 use super::{AppliedBatch, Follow};
-use crate::apply::{self, Applied};
+use crate::apply::{self, Applied, Operations};
 use crate::command::Command;
 use crate::mvcc::{ReadTxn, Store, StoreError, WriteTxn};
 use crate::proto::node as wire;
@@ -46,6 +47,7 @@ pub struct StateMachine {
     checkpoint: Arc<CheckpointMark>,
     followers: Vec<Arc<dyn Follow>>,
     notes: mpsc::UnboundedSender<AppliedNote>,
+    counters: Arc<Counters>,
 }
 
 /// One committed entry, and whoever waits for it.
@@ -56,6 +58,7 @@ type Committed = EntryResponder<TypeConfig>;
 struct Done {
     summary: AppliedBatch,
     compaction: bool,
+    operations: Operations,
     replies: Vec<(ApplyResponder<TypeConfig>, Reply)>,
 }
 
@@ -65,8 +68,9 @@ impl StateMachine {
         checkpoint: Arc<CheckpointMark>,
         followers: Vec<Arc<dyn Follow>>,
         notes: mpsc::UnboundedSender<AppliedNote>,
+        counters: Arc<Counters>,
     ) -> Self {
-        Self { store, checkpoint, followers, notes }
+        Self { store, checkpoint, followers, notes, counters }
     }
 
     /// Rewrites the store's file. Runs where entries are applied, so that none is applied meanwhile.
@@ -80,6 +84,7 @@ impl StateMachine {
         if batch.is_empty() {
             return Ok(());
         }
+        let (start, entries) = (self.counters.now(), batch.len() as u64);
         let done = self.store.write(|txn| {
             let mut done = Done::default();
             for (entry, responder) in batch {
@@ -91,6 +96,8 @@ impl StateMachine {
         for follower in &self.followers {
             follower.applied(&done.summary);
         }
+        self.counters.count(done.operations);
+        self.counters.applied(start, done.summary.applied.index, entries);
         for (responder, reply) in done.replies {
             responder.send(reply);
         }
@@ -131,6 +138,9 @@ impl Done {
 
     fn note(&mut self, applied: Applied) -> Reply {
         self.summary.revision = applied.outcome.revision;
+        if let Ok(reply) = &applied.outcome.reply {
+            self.operations += Operations::of(reply);
+        }
         self.summary.leases.extend(applied.leases);
         self.summary.events.extend(applied.events.map(Arc::new));
         Reply(Some(applied.outcome))

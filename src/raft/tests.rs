@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use super::checkpoint::{CheckpointMark, Policy};
 use super::log_store::LogStore;
 use super::state_machine::StateMachine;
+use super::stats::Counters;
 use super::types::TypeConfig;
 use super::{Member, Node, Options, Parts, Role};
 use crate::apply::Reply;
@@ -66,7 +67,9 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
         };
         let mark = Arc::new(CheckpointMark::new(Some(everything)));
         let (notes, _) = mpsc::unbounded_channel();
-        let machine = StateMachine::new(store, Arc::clone(&mark), vec![], notes);
+        let counters = Counters::new(host::env().clock, Duration::from_secs(1), LogIndex::new(0));
+        let machine =
+            StateMachine::new(store, Arc::clone(&mark), vec![], notes, Arc::new(counters));
         Ok((dir, LogStore::new(wal, mark), machine))
     }
 }

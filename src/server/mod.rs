@@ -18,6 +18,7 @@
 pub mod listen;
 
 mod backup;
+mod collect;
 mod data_dir;
 mod follow;
 mod health;

@@ -9,6 +9,7 @@ use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
+use super::collect::NodeMetrics;
 use super::data_dir::{DataDir, DataDirError, Lock};
 use super::follow::{LeaseClocks, Watchers};
 use super::health::NodeHealth;
@@ -175,7 +176,7 @@ async fn start(
 ) -> Result<Running, RunError> {
     let (readiness, [raft_latch, api_latch, health_latch]) =
         Readiness::new(notifier.clone(), ["raft", "etcd API", "health"]);
-    let metrics = metrics(env);
+    let mut metrics = metrics(env);
     let settings = settings(config);
     // The ports first: a port in use is a mistake to report before anything is touched.
     let security = config.insecure_http.then_some(Security::PlainLoopback);
@@ -222,8 +223,14 @@ async fn start(
     api_latch.set();
 
     let health = NodeHealth { node: node.clone(), timeout: settings.request_timeout() };
-    let router = http::router(Arc::new(health), metrics.clone(), versions().1);
     let incoming = observers.accept(Caps::OBSERVERS, metrics.connections.clone());
+    metrics.collect(NodeMetrics {
+        node: node.clone(),
+        hub,
+        leases: Arc::clone(&leases),
+        quota_bytes: settings.quota_bytes,
+    });
+    let router = http::router(Arc::new(health), Arc::new(metrics), versions().1);
     let stop = stopped(stopping.clone());
     serving.spawn(async move {
         http::serve(incoming, router, stop).await;
@@ -232,9 +239,8 @@ async fn start(
     health_latch.set();
 
     let mut background = vec![
-        tokio::spawn(Arc::clone(&leases).run(node.clone(), settings, stopped(stopping))),
+        tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
         tokio::spawn(supervise::report_status(node.clone(), notifier.clone())),
-        tokio::spawn(supervise::collect(node.clone(), hub, leases, metrics)),
         tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
         tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
     ];

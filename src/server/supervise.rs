@@ -8,15 +8,13 @@ use tokio::sync::watch;
 
 use super::data_dir::DataDir;
 use crate::announce;
-use crate::etcd::{Defragment, Leases};
-use crate::metrics::Metrics;
+use crate::etcd::Defragment;
 use crate::observe::{EventId, fields};
 use crate::pki::{Issued, Names, Pki};
 use crate::raft::{Node, Role, Status};
 use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason};
-use crate::watch::Hub;
 
-/// How often gauges are brought up to date and the log is looked at.
+/// How often the log is looked at and the pulse is taken.
 const TICK: Duration = Duration::from_secs(1);
 
 /// A barrier that takes longer is worth a line.
@@ -189,29 +187,6 @@ pub(super) async fn pulse(node: Node, pulse: Pulse) {
         }
         node.env().clock.sleep(TICK).await;
     }
-}
-
-/// Brings gauges up to date.
-pub(super) async fn collect(node: Node, hub: Hub, leases: Arc<Leases>, metrics: Metrics) {
-    loop {
-        let status = node.status();
-        metrics.raft.has_leader.set(i64::from(status.leader.is_some()));
-        metrics.raft.is_leader.set(i64::from(status.role == Role::Leader));
-        metrics.raft.is_learner.set(i64::from(status.role == Role::Learner));
-        metrics.raft.progress(status.committed.get(), status.applied.get());
-        if let Ok(size) = node.store().size() {
-            metrics.mvcc.total_bytes.set(gauge(size.total));
-            metrics.mvcc.in_use_bytes.set(gauge(size.in_use));
-        }
-        let watch = hub.statistics();
-        metrics.watch.watchers.set(gauge(watch.watchers));
-        metrics.lease.alive.set(gauge(leases.count()));
-        node.env().clock.sleep(TICK).await;
-    }
-}
-
-fn gauge(count: impl TryInto<i64>) -> i64 {
-    count.try_into().unwrap_or(i64::MAX)
 }
 
 /// `etcdctl defrag`.

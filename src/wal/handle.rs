@@ -16,6 +16,7 @@ use std::fmt;
 use std::future::Future;
 use std::mem;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -29,7 +30,7 @@ use super::log::{Effect, FrameAt, Runs, View};
 use super::prepare::{self, Filler, Job};
 use super::recovery::{self, Opened};
 use super::segment::{Segment, Slot};
-use super::stats::{Counters, Stats, add, micros};
+use super::stats::{Counters, Stats, add};
 use super::writer::{Appender, Core};
 use super::{Failed, HardState, Identity, OpenError, Options, Record, Recovery, Refused, Writer};
 use crate::env::Env;
@@ -143,6 +144,9 @@ impl Wal {
         drop(state);
         add(&self.shared.counters.records, count);
         add(&self.shared.counters.record_bytes, bytes);
+        if urgency == Urgency::Lease && matches!(after, Step::WaitUntil(_)) {
+            add(&self.shared.counters.lingered, count);
+        }
         if before != after && matches!(after, Step::Write | Step::WaitUntil(_)) {
             self.shared.wake_writer.notify_one();
         }
@@ -199,6 +203,11 @@ impl Wal {
     /// Why the log stopped, if it has.
     pub fn failed(&self) -> Option<Failed> {
         self.shared.lock().failed.clone()
+    }
+
+    /// Bytes of frames and segment headers written since the log was opened: [`Stats::bytes_written`] alone.
+    pub fn bytes_written(&self) -> u64 {
+        self.shared.counters.bytes_written.load(Ordering::Relaxed)
     }
 
     /// What the log has done to the card so far.
@@ -390,7 +399,7 @@ impl Shared {
         add(&counters.barriers, 1);
         add(&counters.bytes_written, bytes);
         counters.batch_records.observe(u64::from(frame.records()));
-        counters.barrier_micros.observe(micros(elapsed));
+        counters.barrier_micros.observe_micros(elapsed);
         frame.clear();
         let mut state = self.lock();
         let durable = state.batcher.finished();

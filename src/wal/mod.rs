@@ -75,7 +75,7 @@ pub use batch::{Durable, Urgency};
 pub use error::{Damage, Failed, OpenError, Refused};
 pub use handle::Wal;
 pub use recovery::{Cut, Recovery};
-pub use stats::{Histogram, Stats};
+pub use stats::Stats;
 pub use writer::Writer;
 
 /// One thing the log must remember, in the order in which it was told.

@@ -113,6 +113,8 @@ pub(super) struct Core {
     streams: HashMap<StreamKey, Stream>,
     keys_made: u64,
     queued_bytes: u64,
+    /// Events given to streams since the start; for metrics.
+    events_sent: u64,
     woken: BTreeSet<StreamKey>,
 }
 
@@ -127,6 +129,7 @@ impl Core {
             streams: HashMap::new(),
             keys_made: 0,
             queued_bytes: 0,
+            events_sent: 0,
             woken: BTreeSet::new(),
         }
     }
@@ -149,6 +152,10 @@ impl Core {
 
     pub(super) const fn queued_bytes(&self) -> u64 {
         self.queued_bytes
+    }
+
+    pub(super) const fn events_sent(&self) -> u64 {
+        self.events_sent
     }
 
     /// Streams that have something to do since the last call.
@@ -400,6 +407,7 @@ impl Core {
             if let Some((message, bytes)) = stream.queue.pop_front() {
                 stream.bytes -= bytes;
                 self.queued_bytes -= bytes;
+                self.events_sent += message.body.event_count();
                 return Step::Send(message);
             }
             let after = stream.served.map_or(WatcherKey(0), |served| WatcherKey(served.0 + 1));

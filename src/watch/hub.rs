@@ -67,6 +67,8 @@ pub struct Statistics {
     pub behind: usize,
     /// Bytes queued for clients.
     pub queued_bytes: u64,
+    /// Events given to streams since the start.
+    pub events_sent: u64,
 }
 
 /// All watchers of this node. Clones are the same hub.
@@ -117,6 +119,7 @@ impl Hub {
             watchers: shared.core.watcher_count(),
             behind: shared.core.behind_count(),
             queued_bytes: shared.core.queued_bytes(),
+            events_sent: shared.core.events_sent(),
         }
     }
 

@@ -166,6 +166,19 @@ pub enum Body {
     },
 }
 
+impl Body {
+    fn event_count(&self) -> u64 {
+        match self {
+            Self::Events { parts, .. } => parts.iter().map(Part::count).sum(),
+            Self::Created
+            | Self::Refused(_)
+            | Self::Canceled
+            | Self::Compacted(_)
+            | Self::Progress => 0,
+        }
+    }
+}
+
 /// The events of one revision that concern one watcher.
 #[derive(Clone, Debug)]
 pub struct Part {
@@ -189,6 +202,15 @@ impl Part {
             Picks::Some(indexes) => (&[], indexes),
         };
         whole.iter().chain(some.iter().filter_map(move |index| all.get(*index as usize)))
+    }
+
+    /// How many events that is.
+    fn count(&self) -> u64 {
+        let count = match &self.picks {
+            Picks::All => self.events.events.len(),
+            Picks::Some(indexes) => indexes.len(),
+        };
+        count as u64
     }
 
     fn bytes(&self) -> u64 {

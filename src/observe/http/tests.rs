@@ -59,16 +59,16 @@ impl HealthSource for Node {
     }
 }
 
-fn metrics() -> Metrics {
+fn metrics() -> Arc<Metrics> {
     let versions = Versions { server: "3.6.5", cluster: "3.6", daemon: "0.1.0" };
-    Metrics::new(versions, SystemTime::UNIX_EPOCH)
+    Arc::new(Metrics::new(versions, SystemTime::UNIX_EPOCH))
 }
 
 /// A connection to a server with this node behind it.
-fn connect(node: Node, metrics: &Metrics) -> (DuplexStream, tokio::task::JoinHandle<()>) {
+fn connect(node: Node, metrics: &Arc<Metrics>) -> (DuplexStream, tokio::task::JoinHandle<()>) {
     let (client, server) = tokio::io::duplex(64 * 1024);
     let version = Version { server: "3.6.5", cluster: "3.6.0", storage: "3.6.0" };
-    let router = router(Arc::new(node), metrics.clone(), version);
+    let router = router(Arc::new(node), Arc::clone(metrics), version);
     let incoming = tokio_stream::iter([Ok(server)]).chain(tokio_stream::pending());
     let served = tokio::spawn(serve(incoming, router, std::future::pending()));
     (client, served)
@@ -84,7 +84,7 @@ async fn ask_counting(
     node: Node,
     method: &str,
     path: &str,
-    metrics: &Metrics,
+    metrics: &Arc<Metrics>,
 ) -> (u16, String, String) {
     let (mut client, _served) = connect(node, metrics);
     let request = format!("{method} {path} HTTP/1.1\r\nHost: pi\r\nConnection: close\r\n\r\n");
