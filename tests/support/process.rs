@@ -1,0 +1,111 @@
+//! One child process: started with its output in a file, killed by pid when dropped.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
+
+/// Longest time a server may need to answer, on a loaded machine.
+const START_MAX: Duration = Duration::from_secs(60);
+const STOP_MAX: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(10);
+
+/// A running program.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts a program. What it prints is appended to `log`.
+    pub fn start(command: &mut Command, log: &Path) -> Self {
+        let open = || -> File {
+            OpenOptions::new().create(true).append(true).open(log).expect("log of the child")
+        };
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(open())
+            .stderr(open())
+            .spawn()
+            .unwrap_or_else(|error| panic!("starting {command:?}: {error}"));
+        Self { child, log: log.to_owned() }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it printed so far.
+    pub fn printed(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits until something accepts connections. Panics with the program's output if it ends instead.
+    pub fn wait_for_port(&mut self, address: &str) {
+        let address: SocketAddr = address.parse().expect("an address");
+        self.wait_until("accepts connections", || {
+            TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok()
+        });
+    }
+
+    /// Waits until a condition holds.
+    pub fn wait_until(&mut self, what: &str, mut holds: impl FnMut() -> bool) {
+        let deadline = Instant::now() + START_MAX;
+        while !holds() {
+            if let Some(status) = self.child.try_wait().expect("waiting for the child") {
+                panic!("ended with {status} before it {what}; it printed:\n{}", self.printed());
+            }
+            assert!(Instant::now() < deadline, "never {what}; it printed:\n{}", self.printed());
+            thread::sleep(POLL);
+        }
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("killing a child that was not waited for");
+        self.child.wait().expect("waiting for the child");
+    }
+
+    /// SIGTERM, then waits.
+    pub fn stop(&mut self) -> ExitStatus {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).expect("a pid"));
+        signal::kill(pid, Signal::SIGTERM).expect("signal to an own child");
+        let deadline = Instant::now() + STOP_MAX;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("waiting for the child") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "did not stop; it printed:\n{}", self.printed());
+            thread::sleep(POLL);
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            let printed = self.printed();
+            let tail: Vec<_> = printed.lines().rev().take(40).collect();
+            eprintln!("--- last lines of {}", self.log.display());
+            tail.iter().rev().for_each(|line| eprintln!("{line}"));
+        }
+    }
+}
+
+/// Ports that are free now. All are held open until all are known, so they differ from each other.
+pub fn free_ports<const N: usize>() -> [u16; N] {
+    let held: io::Result<Vec<_>> = (0..N).map(|_| TcpListener::bind("127.0.0.1:0")).collect();
+    let held = held.expect("free ports on loopback");
+    std::array::from_fn(|index| held[index].local_addr().expect("bound").port())
+}
