@@ -13,9 +13,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(FILES, ["proto"])?;
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out.join("etcd_descriptors.bin"), descriptors.encode_to_vec())?;
-    tonic_prost_build::configure()
-        .build_client(true)
-        .bytes(".")
-        .compile_fds(descriptors)?;
+    tonic_prost_build::configure().build_client(true).bytes(".").compile_fds(descriptors)?;
     Ok(())
 }

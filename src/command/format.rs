@@ -152,9 +152,6 @@ mod tests {
         assert_eq!(decode(&Bytes::new()), Err(DecodeError::Short(0)));
         assert_eq!(decode(&Bytes::from_static(&[2, 1, 0])), Err(DecodeError::Version { found: 2 }));
         assert_eq!(decode(&Bytes::from_static(&[1, 99, 0])), Err(DecodeError::Kind(99)));
-        assert!(matches!(
-            decode(&Bytes::from_static(&[1, 1, 0, 0xff])),
-            Err(DecodeError::Body(_))
-        ));
+        assert!(matches!(decode(&Bytes::from_static(&[1, 1, 0, 0xff])), Err(DecodeError::Body(_))));
     }
 }

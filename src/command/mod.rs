@@ -133,9 +133,7 @@ fn only_renews(txn: &pb::TxnRequest) -> bool {
             Some(Request::RequestPut(put)) if is_lease_key(&put.key) => puts += 1,
             Some(Request::RequestRange(_)) => {}
             Some(
-                Request::RequestPut(_)
-                | Request::RequestDeleteRange(_)
-                | Request::RequestTxn(_),
+                Request::RequestPut(_) | Request::RequestDeleteRange(_) | Request::RequestTxn(_),
             )
             | None => return false,
         }

@@ -7,11 +7,11 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
+use axum::body::Body;
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use hyper::body::{Frame, SizeHint};
 use prometheus_client::metrics::counter::Counter;
-use axum::body::Body;
 use tonic::codegen::Service;
 use tower_layer::Layer;
 

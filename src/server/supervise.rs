@@ -53,12 +53,7 @@ pub(super) fn announce_opened(dir: &DataDir) {
 
 /// Tells of a certificate.
 pub(super) fn announce_issued(issued: &Issued) {
-    announce!(
-        EventId::CertificateRenewed,
-        "issued {}: {}",
-        issued.path.display(),
-        issued.reason
-    );
+    announce!(EventId::CertificateRenewed, "issued {}: {}", issued.path.display(), issued.reason);
 }
 
 /// Renews certificates before they end.
@@ -217,7 +212,5 @@ fn gauge(count: impl TryInto<i64>) -> i64 {
 /// `etcdctl defrag`.
 pub(super) fn defragment(node: Node) -> Defragment {
     let handle = tokio::runtime::Handle::current();
-    Arc::new(move || {
-        handle.block_on(node.defragment()).map(drop).map_err(io::Error::other)
-    })
+    Arc::new(move || handle.block_on(node.defragment()).map(drop).map_err(io::Error::other))
 }
