@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use openraft::ChangeMembers;
-use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
 use openraft::async_runtime::WatchReceiver as _;
+use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
 use thiserror::Error;
 
 use super::types::{Contact, TypeConfig};
@@ -114,7 +114,11 @@ impl Node {
     }
 
     /// Changes how a member is reached.
-    pub async fn update_member(&self, member: &Member, deadline: Instant) -> Result<(), ChangeError> {
+    pub async fn update_member(
+        &self,
+        member: &Member,
+        deadline: Instant,
+    ) -> Result<(), ChangeError> {
         let changed = BTreeMap::from([(member.id.get(), Contact::of(member))]);
         self.change(ChangeMembers::SetNodes(changed), deadline).await
     }

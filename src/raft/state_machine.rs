@@ -74,7 +74,9 @@ impl StateMachine {
     }
 
     /// Rewrites the store's file. Runs where entries are applied, so that none is applied meanwhile.
-    pub(super) fn defragment(&self) -> impl Future<Output = Result<(), StoreError>> + Send + 'static {
+    pub(super) fn defragment(
+        &self,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send + 'static {
         let store = self.store.clone();
         async move { store.defragment().await.map(drop) }
     }

@@ -34,7 +34,8 @@ impl Revisions for ReadTxn {
             let (chunk, looked_at) = self.events(from, None, CHUNK_BYTES).map_err(io_error)?;
             for revision in chunk {
                 for (event, sub) in revision.events.iter().zip(0_i64..) {
-                    let key_value = event.kv.as_ref().map(Message::encode_to_vec).unwrap_or_default();
+                    let key_value =
+                        event.kv.as_ref().map(Message::encode_to_vec).unwrap_or_default();
                     visit(RevisionRow {
                         main: revision.revision,
                         sub,

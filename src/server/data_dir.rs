@@ -112,7 +112,11 @@ pub fn wal_dir(path: &Path) -> PathBuf {
 
 impl DataDir {
     /// Opens the directory, or makes it. Repeating it after a crash at any point finishes the job.
-    pub async fn open(env: &Env, path: &Path, linger: std::time::Duration) -> Result<Self, DataDirError> {
+    pub async fn open(
+        env: &Env,
+        path: &Path,
+        linger: std::time::Duration,
+    ) -> Result<Self, DataDirError> {
         let lock = lock(env, path)?;
         let (identity, created) = identity(env, path).await?;
         let options =

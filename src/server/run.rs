@@ -22,13 +22,13 @@ use crate::env::{Env, host};
 use crate::etcd::{self, Api, Leases, ServeError, Settings};
 use crate::limits;
 use crate::metrics::{Metrics, Versions};
+use crate::mvcc::StoreError;
 use crate::observe::http::{self, Version};
 use crate::observe::logging::{self, Logging, LoggingError};
 use crate::observe::{EventId, fields, grpc};
 use crate::pki::{Names, NamesError, Owner, Pki, PkiError, Port, Role as CertificateRole};
 use crate::raft::checkpoint::Policy;
 use crate::raft::{self, Member, Node, Parts, StartError, StopError};
-use crate::mvcc::StoreError;
 use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
 use crate::types::ByteCount;
 use crate::watch::{Hub, Limits as WatchLimits};
@@ -304,11 +304,8 @@ async fn stop(mut running: Running) -> Result<(), RunError> {
 }
 
 fn versions() -> (Versions, Version) {
-    let metrics = Versions {
-        server: etcd::VERSION,
-        cluster: "3.6",
-        daemon: env!("CARGO_PKG_VERSION"),
-    };
+    let metrics =
+        Versions { server: etcd::VERSION, cluster: "3.6", daemon: env!("CARGO_PKG_VERSION") };
     let http = Version {
         server: etcd::VERSION,
         cluster: etcd::CLUSTER_VERSION,
@@ -357,8 +354,7 @@ fn names(config: &Config) -> Result<Names, RunError> {
 
 async fn establish_pki(config: &Config, env: &Env, dir: &DataDir) -> Result<Pki, RunError> {
     let owner = Owner { cluster: dir.identity.cluster, node: dir.identity.node };
-    let (pki, issued) =
-        Pki::establish(env, &dir.path.join("tls"), owner, &names(config)?).await?;
+    let (pki, issued) = Pki::establish(env, &dir.path.join("tls"), owner, &names(config)?).await?;
     for one in issued {
         supervise::announce_issued(&one);
     }

@@ -51,12 +51,7 @@ pub(super) fn announce_opened(dir: &DataDir) {
 
 /// Tells of a certificate.
 pub(super) fn announce_issued(issued: &Issued) {
-    announce!(
-        EventId::CertificateRenewed,
-        "issued {}: {}",
-        issued.path.display(),
-        issued.reason
-    );
+    announce!(EventId::CertificateRenewed, "issued {}: {}", issued.path.display(), issued.reason);
 }
 
 /// Renews certificates before they end.
@@ -192,7 +187,5 @@ pub(super) async fn pulse(node: Node, pulse: Pulse) {
 /// `etcdctl defrag`.
 pub(super) fn defragment(node: Node) -> Defragment {
     let handle = tokio::runtime::Handle::current();
-    Arc::new(move || {
-        handle.block_on(node.defragment()).map(drop).map_err(io::Error::other)
-    })
+    Arc::new(move || handle.block_on(node.defragment()).map(drop).map_err(io::Error::other))
 }

@@ -137,8 +137,8 @@ pub fn dump(directory: &Path, json: bool, out: &mut dyn Write) -> Result<(), Too
     let mut voters = replay.voters.clone();
     for entry in entries {
         let entry = entry?;
-        let content = content(&entry.payload)
-            .map_err(|what| ToolError::Entry { id: entry.id, what })?;
+        let content =
+            content(&entry.payload).map_err(|what| ToolError::Entry { id: entry.id, what })?;
         if let Content::Voters(ids) = &content {
             voters.clone_from(ids);
         }
@@ -162,10 +162,8 @@ fn print(
     json: bool,
     out: &mut dyn Write,
 ) -> Result<(), ToolError> {
-    let kind = encoded
-        .decode()
-        .map_err(|error| ToolError::Entry { id, what: error.to_string() })?
-        .kind();
+    let kind =
+        encoded.decode().map_err(|error| ToolError::Entry { id, what: error.to_string() })?.kind();
     if json {
         let line = json!({
             "term": id.term.get(),
@@ -227,9 +225,8 @@ impl Replay {
         if self.base.is_some_and(|base| id.index <= base.index) {
             return Ok(None);
         }
-        let command = encoded
-            .decode()
-            .map_err(|error| ToolError::Entry { id, what: error.to_string() })?;
+        let command =
+            encoded.decode().map_err(|error| ToolError::Entry { id, what: error.to_string() })?;
         let applied = self.store.write(|txn| apply::apply(txn, id, &command))?;
         Ok(Some(applied.outcome.revision))
     }

@@ -25,18 +25,11 @@ pub struct Mutator<'a> {
     random: Random,
     corpus: &'a [Vec<u8>],
     dictionary: &'a [&'a [u8]],
-    /// Where in an input a protobuf message begins.
-    message_at: Option<usize>,
 }
 
 impl<'a> Mutator<'a> {
-    pub const fn new(
-        random: Random,
-        corpus: &'a [Vec<u8>],
-        dictionary: &'a [&'a [u8]],
-        message_at: Option<usize>,
-    ) -> Self {
-        Self { random, corpus, dictionary, message_at }
+    pub const fn new(random: Random, corpus: &'a [Vec<u8>], dictionary: &'a [&'a [u8]]) -> Self {
+        Self { random, corpus, dictionary }
     }
 
     /// The next input: one of the corpus with a few changes.
@@ -55,12 +48,7 @@ impl<'a> Mutator<'a> {
     }
 
     fn change(&mut self, input: &mut Vec<u8>) {
-        if let Some(at) = self.message_at
-            && !self.random.one_in(4)
-        {
-            return self.change_field(input, at);
-        }
-        match self.random.below(10) {
+        match self.random.below(12) {
             0 | 1 => self.flip_bit(input),
             2 => self.set_byte(input),
             3 | 4 => self.set_number(input),
@@ -68,7 +56,8 @@ impl<'a> Mutator<'a> {
             6 => self.repeat_piece(input),
             7 => self.insert_word(input),
             8 => self.cut(input),
-            _ => self.cross(input),
+            9 => self.cross(input),
+            _ => self.change_field(input),
         }
     }
 
@@ -162,9 +151,9 @@ impl<'a> Mutator<'a> {
         input.extend_from_slice(&other[from..]);
     }
 
-    /// Takes what follows the header as a protobuf message, and changes one of its fields.
-    fn change_field(&mut self, input: &mut Vec<u8>, header: usize) {
-        let header = header.min(input.len());
+    /// Takes what follows a short header as a protobuf message, and changes one of its fields.
+    fn change_field(&mut self, input: &mut Vec<u8>) {
+        let header = self.random.below(5).min(input.len());
         if let Some(changed) = self.change_message(&input[header..], 0) {
             input.truncate(header);
             input.extend_from_slice(&changed);
@@ -313,7 +302,7 @@ mod tests {
     fn every_kind_of_change_leaves_something_that_can_be_changed_again() {
         let corpus = vec![Vec::new(), b"a".to_vec(), vec![0x0a, 1, b'k', 0x18, 5]];
         let dictionary: [&[u8]; 2] = [b"", b"word"];
-        let mut mutator = Mutator::new(Random::new(1), &corpus, &dictionary, Some(0));
+        let mut mutator = Mutator::new(Random::new(1), &corpus, &dictionary);
         let mut seen = std::collections::BTreeSet::new();
         for _ in 0..20_000 {
             let input = mutator.input();
