@@ -20,12 +20,13 @@ use crate::announce;
 use crate::config::{Config, Loaded, Quota, Severity};
 use crate::env::{Env, host};
 use crate::etcd::{self, Api, Leases, ServeError, Settings};
+use crate::events::{EventId, fields};
 use crate::limits;
 use crate::metrics::{Metrics, Versions};
 use crate::mvcc::StoreError;
+use crate::observe::grpc;
 use crate::observe::http::{self, Version};
 use crate::observe::logging::{self, Logging, LoggingError};
-use crate::observe::{EventId, fields, grpc};
 use crate::pki::{Names, NamesError, Owner, Pki, PkiError, Port, Role as CertificateRole};
 use crate::raft::checkpoint::Policy;
 use crate::raft::{self, Member, Node, Parts, StartError, StopError};
@@ -114,7 +115,8 @@ impl RunError {
 pub fn run(loaded: &Loaded) -> Result<(), RunError> {
     let config = &loaded.config;
     let filter = std::env::var("K3S_SERVER_LOG").ok();
-    logging::init(&Logging { debug: config.debug, filter })?;
+    // Dropped last: what is still queued for the journal is written then.
+    let _logs = logging::init(&Logging { debug: config.debug, filter })?;
     announce_warnings(&loaded.problems);
     // Two to four slow cores: more threads would only take turns. Blocking work has its own.
     let workers = std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4));
@@ -141,7 +143,7 @@ struct Running {
 async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
     let shutdown = Shutdown::new();
     let signals = shutdown.on_signals()?;
-    let notifier = Notifier::from_environment()?;
+    let notifier = Notifier::from_environment();
     announce!(
         EventId::Starting,
         { fields::NODE } = config.node_name.as_str(),
@@ -149,7 +151,7 @@ async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
         env!("CARGO_PKG_VERSION"),
         config.db_dir.display()
     );
-    let mut running = start(config, &env, &notifier, shutdown).await?;
+    let mut running = start(config, &env, notifier, shutdown).await?;
     running.background.push(signals);
     let reason = wait(&mut running).await;
     notifier.stopping();
@@ -171,11 +173,11 @@ async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
 async fn start(
     config: &Config,
     env: &Env,
-    notifier: &Notifier,
+    notifier: Notifier,
     shutdown: Shutdown,
 ) -> Result<Running, RunError> {
     let (readiness, [raft_latch, api_latch, health_latch]) =
-        Readiness::new(notifier.clone(), ["raft", "etcd API", "health"]);
+        Readiness::new(notifier, ["raft", "etcd API", "health"]);
     let mut metrics = metrics(env);
     let settings = settings(config);
     // The ports first: a port in use is a mistake to report before anything is touched.
@@ -240,18 +242,18 @@ async fn start(
 
     let mut background = vec![
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
-        tokio::spawn(supervise::report_status(node.clone(), notifier.clone())),
+        tokio::spawn(supervise::report_status(node.clone(), notifier)),
         tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
         tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
     ];
     if let Some(watchdog) = Watchdog::from_environment() {
         let pulse = Pulse::new(Arc::clone(&env.clock));
         background.push(tokio::spawn(supervise::pulse(node.clone(), pulse.clone())));
-        background.push(tokio::spawn(watchdog.feed(notifier.clone(), pulse, shutdown.clone())));
+        background.push(tokio::spawn(watchdog.feed(notifier, pulse, shutdown.clone())));
     }
     background.push(tokio::spawn(supervise::announce_ready(
         readiness,
-        notifier.clone(),
+        notifier,
         node.clone(),
         addresses_text(&member.client_urls),
     )));

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use super::data_dir::DataDir;
 use crate::announce;
 use crate::etcd::Defragment;
-use crate::observe::{EventId, fields};
+use crate::events::{EventId, fields};
 use crate::pki::{Issued, Names, Pki};
 use crate::raft::{Node, Role, Status};
 use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason};

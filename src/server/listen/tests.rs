@@ -233,9 +233,9 @@ async fn grpc_calls_through_the_listener_are_counted() {
     let (address, incoming) = listen(Security::PlainLoopback, CAPS, &metrics).await;
     let (_reporter, health) = tonic_health::server::health_reporter();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let routes = tonic::service::Routes::new(health).into_axum_router();
     let server = tonic::transport::Server::builder()
-        .layer(CountCalls::new(&metrics))
-        .add_service(health)
+        .add_routes(routes.layer(CountCalls::new(&metrics)).into())
         .serve_with_incoming_shutdown(incoming, async { stopped.await.unwrap() });
     let server = tokio::spawn(server);
 
