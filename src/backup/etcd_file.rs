@@ -16,7 +16,6 @@
 //! - Every bucket that any etcd from 3.4 on expects is there, empty if need be.
 //! - No auth data and no v2 store: we have neither, and etcd reads their absence as "off".
 
-use std::fmt::Write as _;
 use std::io::Write;
 
 use prost::Message;
@@ -146,8 +145,7 @@ impl EtcdFile<'_> {
         let mut out = format!("{{\"voters\":[{}]", ids(false).join(","));
         let learners = ids(true);
         if !learners.is_empty() {
-            // Writing to a string cannot fail.
-            let _ = write!(out, ",\"learners\":[{}]", learners.join(","));
+            out.push_str(&format!(",\"learners\":[{}]", learners.join(",")));
         }
         out.push_str(",\"auto_leave\":false}");
         out

@@ -204,7 +204,7 @@ impl Generator {
             0..=17 => vec![self.put()],
             18..=23 => vec![self.del()],
             24..=33 => vec![self.get()],
-            34..=48 => vec![self.txn(0)],
+            34..=48 => vec![without_what_crashes_etcd(self.txn(0))],
             49..=54 => vec![self.lease()],
             55 | 56 => self.watch(),
             57 => self.drain(),
@@ -236,6 +236,17 @@ impl Generator {
             let compacted = compacted.and_then(|digits| digits.parse().ok()).unwrap_or(0);
             self.compacted = self.compacted.max(compacted);
         }
+    }
+}
+
+/// etcd overlooks that a delete from a key on (range_end "\\0") overlaps a put. A put in the same transaction that
+/// keeps the value or lease of a key deleted like this then ends the process: "unexpected error during txn with
+/// writes", seen with 3.5.30.
+fn without_what_crashes_etcd(txn: String) -> String {
+    if txn.contains(" from") {
+        txn.replace(" ignore_value", "").replace(" ignore_lease", "")
+    } else {
+        txn
     }
 }
 
@@ -272,9 +283,25 @@ impl Pair {
     async fn send(&mut self, line: &str) -> Result<Vec<String>, Box<Difference>> {
         self.script.push(line.to_owned());
         let [one, two] = &mut self.sessions;
+        if std::env::var_os("DIFFERENTIAL_TRACE").is_some() {
+            println!("> {line}");
+        }
         let (one, two) = tokio::join!(one.run(line), two.run(line));
-        let stuck = |reply: &[String]| reply.iter().any(|line| line.starts_with("never caught up"));
-        assert!(!stuck(&one), "etcd does not answer {line}: {one:?}\n{}", self.script.join("\n"));
+        if std::env::var_os("DIFFERENTIAL_TRACE").is_some() {
+            println!("{}", one.join("\n"));
+        }
+        for (name, reply) in [("etcd", &one), ("ours", &two)] {
+            let is_gone = reply.iter().any(|line| {
+                ["never caught up", "error Unavailable", "error Unknown: transport"]
+                    .iter()
+                    .any(|start| line.starts_with(start))
+            });
+            assert!(
+                !is_gone,
+                "{name} does not answer {line}: {reply:?}\n{}",
+                self.script.join("\n")
+            );
+        }
         if one == two {
             return Ok(one);
         }

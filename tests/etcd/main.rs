@@ -4,6 +4,7 @@
 //! our server's place: a test that a real etcd fails says something about the test.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed unwrap is a failed test")]
 #![allow(missing_docs, clippy::print_stdout, clippy::print_stderr, reason = "test code")]
+#![allow(clippy::let_underscore_must_use, reason = "writing to a string, dropping what is gone")]
 
 #[path = "../support/mod.rs"]
 mod support;

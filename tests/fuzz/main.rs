@@ -10,6 +10,7 @@
 //! - `UPDATE_CORPUS=1` writes the seeds that are made by code into the corpus.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed unwrap is a failed test")]
 #![allow(missing_docs, clippy::print_stdout, clippy::print_stderr, reason = "test code")]
+#![allow(clippy::let_underscore_must_use, reason = "writing to a string, dropping what is gone")]
 
 mod mutate;
 mod targets;

@@ -1,10 +1,10 @@
 //! One child process: started with its output in a file, killed by pid when dropped.
 
 use std::fs::{File, OpenOptions};
-use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -103,9 +103,22 @@ impl Drop for Process {
     }
 }
 
-/// Ports that are free now. All are held open until all are known, so they differ from each other.
+/// Below the ports that the kernel gives to outgoing connections, which would otherwise take one between the moment
+/// it was found free and the moment the server binds it.
+const PORTS: std::ops::Range<u32> = 20_000..32_000;
+
+/// Ports that are free now. None is handed out twice within one test process, and two processes start apart.
 pub fn free_ports<const N: usize>() -> [u16; N] {
-    let held: io::Result<Vec<_>> = (0..N).map(|_| TcpListener::bind("127.0.0.1:0")).collect();
-    let held = held.expect("free ports on loopback");
-    std::array::from_fn(|index| held[index].local_addr().expect("bound").port())
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let count = PORTS.end - PORTS.start;
+    let start = std::process::id().wrapping_mul(977) % count;
+    let mut candidates = std::iter::repeat_with(|| {
+        let step = NEXT.fetch_add(1, Ordering::Relaxed);
+        assert!(step < count, "no free ports left on loopback");
+        u16::try_from(PORTS.start + (start + step) % count).expect("a port")
+    });
+    std::array::from_fn(|_| {
+        let free = candidates.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok());
+        free.expect("the candidates do not end")
+    })
 }

@@ -115,7 +115,7 @@ impl Plan {
 
     fn meta_page(&self, id: PageId, txn: u64) -> Vec<u8> {
         let meta = Meta {
-            page_bytes: PAGE_BYTES as u32,
+            page_bytes: width(PAGE_BYTES),
             root: self.root,
             freelist: FREELIST_PAGE,
             pages: self.pages,
@@ -126,8 +126,6 @@ impl Plan {
         out
     }
 }
-
-const _: () = assert!(PAGE_BYTES <= u32::MAX as usize);
 
 /// A page with a header and nothing else.
 fn page(id: PageId, kind: PageKind) -> Vec<u8> {

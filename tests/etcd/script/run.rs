@@ -1,4 +1,8 @@
 //! Sends requests to one server and prints its replies.
+#![allow(
+    clippy::wildcard_enum_match_arm,
+    reason = "each service takes its calls and passes the rest on"
+)]
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -43,6 +47,11 @@ pub struct Session {
 struct WatchStream {
     requests: mpsc::Sender<pb::WatchRequest>,
     responses: mpsc::Receiver<Result<pb::WatchResponse, Status>>,
+    /// Creations that were not answered yet. etcd answers them on another way than progress requests, which may
+    /// overtake them.
+    unanswered: usize,
+    /// A cancellation was sent since the last drain; of an unknown id it gets no answer.
+    canceling: bool,
 }
 
 type Lines = Vec<String>;
@@ -419,9 +428,13 @@ impl Session {
                 let mut all = Vec::new();
                 for _ in 0..count {
                     let response = self.watch_stream(&stream).next(REPLY_MAX).await;
-                    all.extend(response.map_or_else(|what| what, |r| print::watch(&self.ids, &r)));
+                    let id = response.as_ref().map_or(i64::MAX, |response| response.watch_id);
+                    let lines = response.map_or_else(|what| what, |r| print::watch(&self.ids, &r));
+                    all.push((id, lines));
                 }
-                all
+                // Which of several watchers hears first is left to chance in etcd.
+                all.sort_by_key(|(id, _)| *id);
+                all.into_iter().flat_map(|(_, lines)| lines).collect()
             }
             Call::WatchQuiet { stream } => {
                 let response = self.watch_stream(&stream).next(QUIET).await;
@@ -453,35 +466,35 @@ impl Session {
         let ids = self.ids.clone();
         let stream = self.watch_stream(name);
         let mut by_watcher: BTreeMap<i64, Lines> = BTreeMap::new();
+        let mut caught_up = false;
         let deadline = tokio::time::Instant::now() + REPLY_MAX;
-        // etcd answers a progress request only when every watcher has caught up, so it is asked again.
         while tokio::time::Instant::now() < deadline {
+            // etcd answers a progress request only when every watcher has caught up, so it is asked again.
             stream
                 .send(pb::watch_request::RequestUnion::ProgressRequest(pb::WatchProgressRequest {}))
                 .await;
-            while let Ok(response) = stream.next(QUIET).await {
+            while !(caught_up && stream.unanswered == 0 && !stream.canceling) {
+                let Ok(response) = stream.next(QUIET).await else { break };
                 let revision = response.header.as_ref().map_or(0, |header| header.revision);
-                let says_something =
-                    response.created || response.canceled || !response.events.is_empty();
-                if response.watch_id == -1 && !says_something {
-                    if now <= revision {
-                        stream.discard_progress().await;
-                        return by_watcher
-                            .into_iter()
-                            .flat_map(|(id, lines)| {
-                                lines.into_iter().map(move |line| format!("{id}: {line}"))
-                            })
-                            .collect();
-                    }
-                    continue;
-                }
                 let lines = by_watcher.entry(response.watch_id).or_default();
                 if response.created || response.canceled {
+                    stream.canceling &= !response.canceled || response.created;
                     let mut ends = response.clone();
                     ends.events.clear();
                     lines.extend(print::watch(&ids, &ends));
+                } else if response.events.is_empty() {
+                    caught_up |= response.watch_id == -1 && now <= revision;
                 }
                 lines.extend(response.events.iter().flat_map(print::watch_event));
+            }
+            // Nothing came for a moment: a cancellation that is not answered by now never will be.
+            stream.canceling = false;
+            if caught_up && stream.unanswered == 0 {
+                stream.discard_progress().await;
+                let lines = by_watcher.into_iter().flat_map(|(id, lines)| {
+                    lines.into_iter().map(move |line| format!("{id}: {line}"))
+                });
+                return lines.collect();
             }
         }
         vec![format!("never caught up with revision {now}; so far {by_watcher:?}")]
@@ -522,10 +535,16 @@ impl WatchStream {
                 }
             }
         });
-        Self { requests, responses }
+        Self { requests, responses, unanswered: 0, canceling: false }
     }
 
-    async fn send(&self, request: pb::watch_request::RequestUnion) {
+    async fn send(&mut self, request: pb::watch_request::RequestUnion) {
+        use pb::watch_request::RequestUnion;
+        match request {
+            RequestUnion::CreateRequest(_) => self.unanswered += 1,
+            RequestUnion::CancelRequest(_) => self.canceling = true,
+            RequestUnion::ProgressRequest(_) => {}
+        }
         // A stream that the server ended shows at the next receive.
         let _ = self.requests.send(pb::WatchRequest { request_union: Some(request) }).await;
     }
@@ -536,7 +555,10 @@ impl WatchStream {
             Err(_) => Err(vec!["nothing".into()]),
             Ok(None) => Err(vec!["end of stream".into()]),
             Ok(Some(Err(status))) => Err(print::status(&status)),
-            Ok(Some(Ok(response))) => Ok(response),
+            Ok(Some(Ok(response))) => {
+                self.unanswered = self.unanswered.saturating_sub(usize::from(response.created));
+                Ok(response)
+            }
         }
     }
 
