@@ -139,20 +139,33 @@ fn signed(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
-/// There is no older release whose files we could write, so no target is valid; the format is checked first,
-/// as in etcd.
-fn downgrade(request: &pb::DowngradeRequest) -> EtcdError {
+/// What a downgrade would be allowed to. Asking whether the previous release is a target answers as etcd does;
+/// really going there is refused, because there is no older release that could read our files.
+fn downgrade(request: &pb::DowngradeRequest) -> Result<(), EtcdError> {
     match DowngradeAction::try_from(request.action) {
-        Ok(DowngradeAction::Validate | DowngradeAction::Enable) => {
-            if is_version(&request.version) {
-                EtcdError::InvalidDowngradeTarget
-            } else {
-                EtcdError::WrongDowngradeVersionFormat
-            }
+        Ok(DowngradeAction::Validate | DowngradeAction::Enable)
+            if !is_version(&request.version) =>
+        {
+            Err(EtcdError::WrongDowngradeVersionFormat)
         }
-        Ok(DowngradeAction::Cancel) => EtcdError::NoInflightDowngrade,
-        Err(_) => EtcdError::UnknownMethod,
+        Ok(DowngradeAction::Validate) if is_previous(&request.version) => Ok(()),
+        Ok(DowngradeAction::Validate | DowngradeAction::Enable) => {
+            Err(EtcdError::InvalidDowngradeTarget)
+        }
+        Ok(DowngradeAction::Cancel) => Err(EtcdError::NoInflightDowngrade),
+        Err(_) => Err(EtcdError::UnknownMethod),
     }
+}
+
+/// Whether this is the minor release before the one whose answers we give.
+fn is_previous(target: &str) -> bool {
+    let minor = |text: &str| {
+        let mut parts = text.split('.').map(|part| part.parse::<u32>().ok());
+        parts.next().flatten().zip(parts.next().flatten())
+    };
+    let ours = minor(super::CLUSTER_VERSION);
+    ours.zip(minor(target))
+        .is_some_and(|(ours, target)| (ours.0, ours.1) == (target.0, target.1 + 1))
 }
 
 /// `major.minor` or `major.minor.patch`.
@@ -287,7 +300,10 @@ impl Maintenance for MaintenanceService {
         &self,
         request: Request<pb::DowngradeRequest>,
     ) -> Result<Response<pb::DowngradeResponse>, Status> {
-        Err(downgrade(request.get_ref()).into())
+        downgrade(request.get_ref())?;
+        let revision = self.0.view(&super::api::Freshness::Serializable)?.revision();
+        let version = super::CLUSTER_VERSION.to_owned();
+        Ok(Response::new(pb::DowngradeResponse { header: self.0.header_at(revision), version }))
     }
 }
 
@@ -333,16 +349,17 @@ mod tests {
     }
 
     #[test]
-    fn downgrades_have_no_target() {
+    fn downgrades_are_answered_but_never_begun() {
         let ask = |action, version: &str| {
             downgrade(&pb::DowngradeRequest { action, version: version.to_owned() })
         };
-        assert_eq!(ask(0, "3.5"), EtcdError::InvalidDowngradeTarget);
-        assert_eq!(ask(1, "3.5.0"), EtcdError::InvalidDowngradeTarget);
+        assert_eq!(ask(0, "3.5"), Ok(()));
+        assert_eq!(ask(0, "3.4"), Err(EtcdError::InvalidDowngradeTarget));
+        assert_eq!(ask(1, "3.5.0"), Err(EtcdError::InvalidDowngradeTarget));
         for bad in ["", "3", "v3.5", "3.5.0.1", "3..5", "three.five"] {
-            assert_eq!(ask(0, bad), EtcdError::WrongDowngradeVersionFormat, "{bad}");
+            assert_eq!(ask(0, bad), Err(EtcdError::WrongDowngradeVersionFormat), "{bad}");
         }
-        assert_eq!(ask(2, ""), EtcdError::NoInflightDowngrade);
-        assert_eq!(ask(9, ""), EtcdError::UnknownMethod);
+        assert_eq!(ask(2, ""), Err(EtcdError::NoInflightDowngrade));
+        assert_eq!(ask(9, ""), Err(EtcdError::UnknownMethod));
     }
 }

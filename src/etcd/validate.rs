@@ -129,39 +129,39 @@ impl<'a> Writes<'a> {
     }
 }
 
-/// The union of deleted ranges: disjoint, by start. An end of `None` has no end.
+/// The union of deleted ranges: disjoint, by start.
 #[derive(Default)]
-struct Deletes<'a>(BTreeMap<&'a [u8], Option<&'a [u8]>>);
+struct Deletes<'a>(BTreeMap<&'a [u8], &'a [u8]>);
 
 /// A single key as a range would end at `key + 0x00`, which would have to be allocated; points are kept apart.
 impl<'a> Deletes<'a> {
     fn add(&mut self, key: &'a [u8], range_end: &'a [u8]) {
         match range_end {
             // `[key, key]` stands for the point: no range has an end that is not after its start.
-            [] => self.insert(key, Some(key)),
-            [0] => self.insert(key, None),
-            _ if key < range_end => self.insert(key, Some(range_end)),
+            [] => self.insert(key, key),
+            _ if key < range_end => self.insert(key, range_end),
+            // An open-ended delete (`range_end` "\0") is an empty range to etcd's own check, so it overlaps nothing.
             _ => {}
         }
     }
 
-    fn insert(&mut self, mut start: &'a [u8], mut end: Option<&'a [u8]>) {
-        if end == Some(start) && self.contain(start) {
+    fn insert(&mut self, mut start: &'a [u8], mut end: &'a [u8]) {
+        if end == start && self.contain(start) {
             return;
         }
         // The range that begins before us may reach into us.
         if let Some((before, before_end)) = self.0.range(..=start).next_back()
-            && before_end.is_none_or(|before_end| start < before_end)
+            && start < *before_end
         {
             start = before;
-            end = longer(end, *before_end);
+            end = end.max(before_end);
         }
         // Those that begin inside us are part of us.
         while let Some((inside, inside_end)) = self.0.range(start..).next()
-            && end.is_none_or(|end| *inside < end)
+            && *inside < end
         {
             let (inside, inside_end) = (*inside, *inside_end);
-            end = longer(end, inside_end);
+            end = end.max(inside_end);
             self.0.remove(inside);
         }
         self.0.insert(start, end);
@@ -170,7 +170,7 @@ impl<'a> Deletes<'a> {
     fn contain(&self, key: &[u8]) -> bool {
         let upto = (Bound::Unbounded, Bound::Included(key));
         let Some((start, end)) = self.0.range::<[u8], _>(upto).next_back() else { return false };
-        end.is_none_or(|end| key < end) || *start == key
+        key < *end || *start == key
     }
 
     fn join(&mut self, other: Self) {
@@ -178,10 +178,6 @@ impl<'a> Deletes<'a> {
             self.insert(start, end);
         }
     }
-}
-
-fn longer<'a>(a: Option<&'a [u8]>, b: Option<&'a [u8]>) -> Option<&'a [u8]> {
-    Some(a?.max(b?))
 }
 
 /// Refuses what etcd would not put in its log.

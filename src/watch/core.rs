@@ -86,6 +86,9 @@ struct Watcher {
     /// While behind: the first revision not sent. While live: nothing below it is sent.
     next: Revision,
     live: bool,
+    /// History has confirmed that its start is not compacted. Until then the ring must not serve it: what is in
+    /// memory may be compacted.
+    known: bool,
     options: Options,
     /// Events were queued since the last progress tick.
     active: bool,
@@ -233,8 +236,10 @@ impl Core {
             state.behind.insert(key);
         }
         let Create { range, options, .. } = create;
-        self.watchers
-            .insert(key, Watcher { stream, id, range, start, next, live, options, active: false });
+        self.watchers.insert(
+            key,
+            Watcher { stream, id, range, start, next, live, known: live, options, active: false },
+        );
     }
 
     /// Removes a watcher at the client's wish. An unknown id changes nothing, as in etcd.
@@ -414,7 +419,8 @@ impl Core {
             let turn = stream.behind.range(after..).next().or_else(|| stream.behind.first());
             let Some(watcher) = turn.copied() else { return Step::Idle };
             stream.served = Some(watcher);
-            if !self.replay_from_ring(watcher)
+            let known = self.watchers.get(&watcher).is_some_and(|watcher| watcher.known);
+            if !(known && self.replay_from_ring(watcher))
                 && let Some(state) = self.watchers.get(&watcher)
             {
                 let range = state.range.clone();
@@ -445,7 +451,8 @@ impl Core {
 
     /// Takes over what [`Step::Replay`] asked for. A watcher that was canceled meanwhile changes nothing.
     pub(super) fn replayed(&mut self, replay: &Replay, read: Replayed) -> Result<(), Stuck> {
-        let Some(watcher) = self.watchers.get(&replay.watcher) else { return Ok(()) };
+        let Some(watcher) = self.watchers.get_mut(&replay.watcher) else { return Ok(()) };
+        watcher.known = true;
         if watcher.live || watcher.next != replay.from {
             return Ok(());
         }

@@ -58,7 +58,8 @@ pub struct Limits {
     pub stream_bytes_max: u64,
     /// Queued for all streams before any stream with a backlog falls behind.
     pub hub_bytes_max: u64,
-    /// Read from the store at once for one watcher.
+    /// History in one message. etcd sends up to 1,000 revisions, however large; most gRPC clients refuse messages
+    /// above 4 MiB.
     pub replay_bytes_max: usize,
 }
 
@@ -68,7 +69,7 @@ impl Default for Limits {
             ring_bytes_max: 4 << 20,
             stream_bytes_max: 1 << 20,
             hub_bytes_max: 16 << 20,
-            replay_bytes_max: 512 << 10,
+            replay_bytes_max: 3 << 20,
         }
     }
 }
