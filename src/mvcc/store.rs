@@ -29,6 +29,9 @@ use super::engine::Engine;
 use super::format::Head;
 use super::{DumpSummary, ReadTxn, StoreError, StoreSize, WriteTxn, write};
 
+/// Page cache of a file that is being filled, in order, while another one is open.
+const FILL_CACHE_BYTES: usize = 4 << 20;
+
 /// Who carries writes to the card.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DrainOn {
@@ -343,7 +346,8 @@ async fn build_beside<T>(
     let incoming = incoming_path(path);
     backend::remove(env, &incoming)?;
     // What becomes of this file does not concern the owner of the open one.
-    let engine = Engine::open(env, &incoming, options, &Reports::default())?;
+    let options = Options { cache_bytes: options.cache_bytes.min(FILL_CACHE_BYTES), ..*options };
+    let engine = Engine::open(env, &incoming, &options, &Reports::default())?;
     let built = blocking(|| {
         let built = build(&engine)?;
         engine.checkpoint()?;

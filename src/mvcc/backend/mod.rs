@@ -152,7 +152,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             held_bytes_max: limits::STATE_HELD_BYTES_MAX,
-            epoch_bytes_max: 8 << 20,
+            epoch_bytes_max: 4 << 20,
             chunk_bytes: 128 << 10,
             burst_bytes: 512 << 10,
             pause: Duration::from_millis(20),
