@@ -1,6 +1,8 @@
 //! Measures the state machine on a file: apply, read, list, compaction, checkpoint, snapshot.
 //!
 //! `cargo bench --bench state [-- directory]`; the directory decides which card is measured.
+//! `cargo bench --bench state -- memory [directory]` measures instead how long it takes to open 100 MB of values, after
+//! a clean stop and after a crash, and what a process needs in memory to work with them.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -8,7 +10,8 @@
     reason = "a benchmark prints, a failure ends it, and its numbers are small"
 )]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command as Process;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -25,12 +28,17 @@ const KEYS: u64 = 20_000;
 const VALUE_BYTES: usize = 400;
 
 fn main() {
-    let place = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
-    let dir = match &place {
-        Some(place) => tempfile::tempdir_in(place),
-        None => tempfile::tempdir(),
+    let arguments: Vec<String> =
+        std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    match arguments.as_slice() {
+        [mode, place @ ..] if mode == "memory" => memory(place.first()),
+        [mode, what, path] if mode == "memory-of" => memory_of(what, Path::new(path)),
+        place => speed(place.first()),
     }
-    .unwrap();
+}
+
+fn speed(place: Option<&String>) {
+    let dir = directory(place);
     let store = open(&dir.path().join("state.redb"));
 
     for batch in [1, 8, 64, 512] {
@@ -49,6 +57,135 @@ fn main() {
     });
     println!("snapshot is {} bytes, the store {:?}", stream.len(), store.size().unwrap());
     report("state hash, per record", KEYS, || done(store.read().unwrap().state_hash().unwrap()));
+}
+
+fn directory(place: Option<&String>) -> tempfile::TempDir {
+    place.map_or_else(tempfile::tempdir, tempfile::tempdir_in).unwrap()
+}
+
+/// Values of 4,000 bytes that make 100 MB.
+const BIG_VALUES: u64 = 25_000;
+const BIG_VALUE_BYTES: usize = 4_000;
+
+/// Each in a process of its own, because memory is not given back.
+fn memory(place: Option<&String>) {
+    let dir = directory(place);
+    let path = dir.path().join("state.redb");
+    child("nothing", &path);
+    child("write 100 MB, stop cleanly", &path);
+    child("open after a clean stop", &path);
+    crash_image(dir.path());
+    child("open after a crash", &dir.path().join("crashed/state.redb"));
+    for what in
+        ["read every key", "list all keys", "overwrite 20,000 keys", "defragment", "restore"]
+    {
+        child(what, &path);
+    }
+}
+
+fn child(what: &str, path: &Path) {
+    let program = std::env::current_exe().unwrap();
+    let status = Process::new(program).args(["memory-of", what]).arg(path).status().unwrap();
+    assert!(status.success(), "{what}: {status}");
+}
+
+/// The files as they are while a writer is at work, half-way between two checkpoints.
+fn crash_image(dir: &Path) {
+    let source = dir.join("state.redb");
+    let store = open(&source);
+    for first in (0..2_000).step_by(50) {
+        big_values(&store, first..first + 50);
+    }
+    std::fs::create_dir(dir.join("crashed")).unwrap();
+    for name in ["state.redb", "state.redb.crc.0", "state.redb.crc.1"] {
+        std::fs::copy(dir.join(name), dir.join("crashed").join(name)).unwrap();
+    }
+    wait(store.close()).unwrap();
+}
+
+fn big_values(store: &Store, keys: std::ops::Range<u64>) {
+    store
+        .write(|txn| {
+            for n in keys {
+                let mut value = vec![0; BIG_VALUE_BYTES];
+                value.chunks_mut(8).zip(n..).for_each(|(chunk, n)| {
+                    chunk.copy_from_slice(&n.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+                });
+                txn.put(&key(n), &Bytes::from(value), 0)?;
+                txn.end_revision();
+            }
+            Ok(())
+        })
+        .unwrap();
+}
+
+fn memory_of(what: &str, path: &Path) {
+    if what == "nothing" {
+        return print_memory(what, Duration::ZERO);
+    }
+    let start = Instant::now();
+    let store = open(path);
+    let opened = start.elapsed();
+    match what {
+        "write 100 MB, stop cleanly" => {
+            for first in (0..BIG_VALUES).step_by(50) {
+                big_values(&store, first..first + 50);
+                if first.is_multiple_of(5_000) {
+                    wait(store.checkpoint().unwrap().durable()).unwrap();
+                }
+            }
+        }
+        "read every key" => (0..BIG_VALUES).for_each(|n| {
+            assert!(store.read().unwrap().get(&key(n), None).unwrap().is_some());
+        }),
+        "list all keys" => {
+            let read = store.read().unwrap();
+            let all = KeyRange::From(Bytes::from_static(b"/"));
+            assert_eq!(read.scan(&all, read.revision(), Some(0)).unwrap().count, BIG_VALUES);
+        }
+        "overwrite 20,000 keys" => {
+            for first in (0..20_000).step_by(50) {
+                big_values(&store, first..first + 50);
+            }
+            compact_all(&store);
+            wait(store.checkpoint().unwrap().durable()).unwrap();
+        }
+        "defragment" => done(wait(store.defragment()).unwrap()),
+        "restore" => {
+            let stream = path.with_extension("stream");
+            let mut out = std::io::BufWriter::new(std::fs::File::create(&stream).unwrap());
+            store.dump(&mut out).unwrap();
+            drop(out);
+            let mut input = std::io::BufReader::new(std::fs::File::open(&stream).unwrap());
+            wait(store.restore(&mut input)).unwrap();
+        }
+        opening => assert!(opening.starts_with("open"), "{opening}"),
+    }
+    print_memory(what, opened);
+    // What stays once everything is on the card.
+    wait(store.checkpoint().unwrap().durable()).unwrap();
+    print_memory("  and then", opened);
+    wait(store.close()).unwrap();
+}
+
+fn compact_all(store: &Store) {
+    let revision = store.read().unwrap().revision();
+    store.write(|txn| txn.compact(revision)).unwrap().unwrap();
+}
+
+fn print_memory(what: &str, opened: Duration) {
+    let status = std::fs::read_to_string(PathBuf::from("/proc/self/status")).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+        kib as f64 / 1024.0
+    };
+    println!(
+        "{what:<30} opened in {:>7.1} ms, {:>5.1} MiB now, {:>5.1} MiB at most",
+        opened.as_secs_f64() * 1e3,
+        field("VmRSS:"),
+        field("VmHWM:"),
+    );
 }
 
 /// Only the time is of interest.

@@ -73,7 +73,7 @@ pub const SPACE_LOW_BYTES: u64 = 32 * MIB;
 pub const SPACE_ENOUGH_BYTES: u64 = 96 * MIB;
 
 /// Writes to the state machine's file that may be held in memory while the card is slow, or full.
-pub const STATE_HELD_BYTES_MAX: usize = 32 << 20;
+pub const STATE_HELD_BYTES_MAX: usize = 16 << 20;
 
 const _: () = {
     assert!(REQUEST_BYTES_MAX + GRPC_OVERHEAD_BYTES <= WAL_RECORD_BYTES_MAX);

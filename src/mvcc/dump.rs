@@ -132,7 +132,8 @@ pub(super) fn read_stream(
                 let mut rest = raw.as_slice();
                 while !rest.is_empty() {
                     let (table, key, value) = take_record(&mut rest)?;
-                    format::check(table, key, value)?;
+                    // Damage, but not of anything that is ours.
+                    format::check(table, key, value).map_err(|error| stream(error.to_string()))?;
                     hasher.record(table, key, value);
                     loader.insert(table, key, value)?;
                     records += 1;

@@ -10,7 +10,8 @@
 //! [`Store`] is a cheap handle. [`Store::read`] gives a [`ReadTxn`], one consistent moment that later writes do
 //! not disturb; [`Store::write`] runs a closure with the one [`WriteTxn`] and commits what it did, or nothing.
 //! [`View`] is what both can answer. Tables: `rev` (revision → record, linked to the key's previous revision),
-//! `cur` (key → newest revision), `lease`, `lease_key`, `meta`.
+//! `cur` (key → newest revision), `lease`, `lease_key`, `meta`. [`backend`] is the file under redb: barriers that never
+//! wait for the card, and a checksum of every block. [`ballast`] keeps room on the card.
 //!
 //! # Invariants
 //!
@@ -20,6 +21,7 @@
 //! - A closure that fails changes nothing.
 //! - Equal sequences of writes give equal tables ([`ReadTxn::state_hash`]), however they were batched.
 //! - Compaction reads its own window only.
+//! - Whoever meets damage, be it a reader, the writer or the drain, [`Store::failed`] says so.
 //!
 //! # Not here
 //!

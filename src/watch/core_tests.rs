@@ -150,7 +150,7 @@ fn start_from_now_counts_from_the_store_even_if_the_hub_lags() {
 }
 
 #[test]
-fn recent_past_is_served_from_the_ring_in_one_message() {
+fn past_start_asks_the_store_whether_it_is_compacted_and_the_ring_does_the_rest() {
     let mut core = Core::new(rev(1), SMALL);
     let stream = core.open();
     for n in 2..=4 {
@@ -158,7 +158,12 @@ fn recent_past_is_served_from_the_ring_in_one_message() {
     }
     core.create(stream, want(one("a"), 3), rev(4));
     publish(&mut core, 5, &["a"]);
-    assert_eq!(drain(&mut core, stream), ["0@4 created", "0@5 a:3 a:4 a:5"]);
+    assert_eq!(drain(&mut core, stream), ["0@4 created"]);
+    let Step::Replay(replay) = core.step(stream) else { panic!("expected a replay") };
+
+    let read = Replayed { events: vec![], looked: rev(3), current: rev(5), compacted: rev(2) };
+    core.replayed(&replay, read).unwrap();
+    assert_eq!(drain(&mut core, stream), ["0@5 a:4 a:5"]);
 }
 
 #[test]
