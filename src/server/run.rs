@@ -39,7 +39,7 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 const ELECTION_MIN: Duration = Duration::from_secs(2);
 
 /// How long calls under way may take when the server stops.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why the server did not run, or did not end well.
 #[derive(Debug, Error)]
@@ -134,6 +134,7 @@ struct Running {
     node: Node,
     shutdown: Shutdown,
     stop_serving: watch::Sender<bool>,
+    hub: Hub,
     serving: JoinSet<Result<(), RunError>>,
     background: Vec<JoinHandle<()>>,
     store: crate::mvcc::Store,
@@ -228,7 +229,7 @@ async fn start(
     let incoming = observers.accept(Caps::OBSERVERS, metrics.connections.clone());
     metrics.collect(NodeMetrics {
         node: node.clone(),
-        hub,
+        hub: hub.clone(),
         leases: Arc::clone(&leases),
         quota_bytes: settings.quota_bytes,
     });
@@ -258,7 +259,7 @@ async fn start(
         addresses_text(&member.client_urls),
     )));
     let store = dir.store.clone();
-    Ok(Running { node, shutdown, stop_serving, serving, background, store, _lock: dir.lock })
+    Ok(Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock })
 }
 
 fn addresses_text(urls: &[String]) -> String {
@@ -291,9 +292,10 @@ async fn wait(running: &mut Running) -> StopReason {
 /// From the outside in: no new calls, then Raft, then the store and the log.
 async fn stop(mut running: Running) -> Result<(), RunError> {
     running.stop_serving.send_replace(true);
+    running.hub.close();
     let drained = async { while running.serving.join_next().await.is_some() {} };
     if tokio::time::timeout(DRAIN_TIMEOUT, drained).await.is_err() {
-        // Watches never end by themselves; the client connects elsewhere.
+        // Lease streams never end by themselves; the client connects elsewhere.
         running.serving.abort_all();
     }
     for task in &running.background {

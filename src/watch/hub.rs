@@ -80,6 +80,8 @@ pub struct Hub {
 
 struct Shared {
     core: Core,
+    /// The process is stopping: every stream ends.
+    closed: bool,
     wakers: HashMap<StreamKey, Arc<Notify>>,
 }
 
@@ -92,7 +94,8 @@ impl fmt::Debug for Hub {
 impl Hub {
     /// Starts without watchers, at the store's revision.
     pub fn new(revision: Revision, limits: Limits) -> Self {
-        let shared = Shared { core: Core::new(revision, limits), wakers: HashMap::new() };
+        let shared =
+            Shared { core: Core::new(revision, limits), closed: false, wakers: HashMap::new() };
         Self { shared: Arc::new(Mutex::new(shared)), replay_bytes_max: limits.replay_bytes_max }
     }
 
@@ -104,6 +107,15 @@ impl Hub {
     /// The store was replaced and now ends at `revision`.
     pub fn restored(&self, revision: Revision) {
         self.change(|core| core.restored(revision));
+    }
+
+    /// Ends every stream, now and later: the process is stopping, and watches never end by themselves.
+    pub fn close(&self) {
+        let mut shared = self.lock();
+        shared.closed = true;
+        for waker in shared.wakers.values() {
+            waker.notify_one();
+        }
     }
 
     /// The newest published revision.
@@ -198,6 +210,9 @@ impl<H: History> WatchStream<H> {
     pub async fn next(&self) -> Result<Message, WatchError> {
         loop {
             let woken = self.waker.notified();
+            if self.hub.lock().closed {
+                return Err(WatchError::Stopped);
+            }
             let step = self.hub.change(|core| core.step(self.key));
             match step {
                 Step::Send(message) => return Ok(message),
@@ -269,6 +284,22 @@ mod tests {
             | Body::Compacted(_)
             | Body::Progress => Vec::new(),
         }
+    }
+
+    #[tokio::test]
+    async fn closing_the_hub_ends_streams_that_wait_and_streams_opened_later() {
+        let hub = Hub::new(Revision::new(1), Limits::default());
+        let stream = hub.open(List(Arc::new(vec![])));
+        let close = async {
+            tokio::task::yield_now().await;
+            hub.close();
+        };
+
+        let (ended, ()) = tokio::join!(stream.next(), close);
+
+        assert!(matches!(ended, Err(WatchError::Stopped)));
+        let late = hub.open(List(Arc::new(vec![])));
+        assert!(matches!(late.next().await, Err(WatchError::Stopped)));
     }
 
     #[tokio::test]

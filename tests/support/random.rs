@@ -19,6 +19,15 @@ impl Random {
         (Self::new(seed), seed)
     }
 
+    /// Chance from the seed in this environment variable, else from `seed`: the same every time.
+    pub fn from_env_or(name: &str, seed: u64) -> (Self, u64) {
+        if std::env::var_os(name).is_some() {
+            return Self::from_env(name);
+        }
+        println!("{name}={seed}");
+        (Self::new(seed), seed)
+    }
+
     pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
