@@ -37,6 +37,10 @@ struct Server {
 }
 
 impl Drop for Server {
+    #[allow(
+        clippy::print_stderr,
+        reason = "the test has failed; what the server said may tell why"
+    )]
     fn drop(&mut self) {
         self.kill();
         if thread::panicking() {
