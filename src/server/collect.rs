@@ -18,7 +18,7 @@ use crate::metrics::Page;
 use crate::mvcc::{Counts, Store, StoreError, StoreSize};
 use crate::proto::etcdserverpb::AlarmType;
 use crate::raft::{self, Node, Role};
-use crate::types::Revision;
+use crate::types::{LogIndex, Revision};
 use crate::wal;
 use crate::watch::{self, Hub};
 
@@ -40,16 +40,23 @@ impl Collector for NodeMetrics {
         let mut page = Page::new(encoder);
         log(&mut page, &self.node.wal().stats())?;
         let stats = self.node.stats();
-        consensus(&mut page, &self.node.status(), &stats)?;
+        // A store that cannot be read says so elsewhere; its numbers are left out rather than made up.
+        let state = State::read(self.node.store()).ok();
+        let mut status = self.node.status();
+        if let Some(state) = &state {
+            // The store knows at once what Raft's status shows a moment later.
+            status.applied = status.applied.max(state.applied);
+            status.committed = status.committed.max(state.applied);
+        }
+        consensus(&mut page, &status, &stats)?;
         apply(&mut page, &stats)?;
         page.gauges(&[(
             "etcd_server_quota_backend_bytes",
             "Current backend storage quota size in bytes, 0 without a quota",
             self.quota_bytes.unwrap_or(0),
         )])?;
-        // A store that cannot be read says so elsewhere; its numbers are left out rather than made up.
-        if let Ok(state) = State::read(self.node.store()) {
-            store(&mut page, &state)?;
+        if let Some(state) = &state {
+            store(&mut page, state)?;
         }
         watchers(&mut page, &self.hub.statistics())?;
         leases(&mut page, &self.leases.statistics())
@@ -234,6 +241,7 @@ struct State {
     counts: Counts,
     revision: Revision,
     compacted: Revision,
+    applied: LogIndex,
     no_space: u64,
     corrupt: u64,
 }
@@ -250,6 +258,7 @@ impl State {
             counts: view.counts()?,
             revision: view.revision(),
             compacted: view.compacted(),
+            applied: view.applied().map_or(LogIndex::new(0), |id| id.index),
             no_space: raised(AlarmType::Nospace),
             corrupt: raised(AlarmType::Corrupt),
         })

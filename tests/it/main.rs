@@ -3,5 +3,6 @@
 
 mod cli;
 mod config;
+mod metrics;
 mod pki;
 mod unit_file;
