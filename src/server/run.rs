@@ -177,93 +177,136 @@ async fn start(
     notifier: Notifier,
     shutdown: Shutdown,
 ) -> Result<Running, RunError> {
-    let (readiness, [raft_latch, api_latch, health_latch]) =
-        Readiness::new(notifier, ["raft", "etcd API", "health"]);
-    let mut metrics = metrics(env);
-    let settings = settings(config);
-    // The ports first: a port in use is a mistake to report before anything is touched.
-    let security = config.insecure_http.then_some(Security::PlainLoopback);
-    let observers = bind_observers(config).await?;
-
-    let dir = DataDir::open(env, &config.db_dir, config.wal_linger).await?;
-    supervise::announce_opened(&dir);
-    let pki = establish_pki(config, env, &dir).await?;
-    let security = match security {
-        Some(plain) => plain,
-        None => Security::Tls(pki.accept(Port::Clients)?),
-    };
-    let addresses = config.client_listen.addresses(&config.node_ips);
-    let clients = Listeners::bind(&addresses, security, "the etcd API").await?;
-
-    let mut member = member(config, &dir, &clients.addresses()?);
-    member.peer_urls = peer_urls(config);
-    let view = dir.store.read()?;
-    let hub = Hub::new(view.revision(), WatchLimits::default());
-    drop(view);
-    let leases = Arc::new(Leases::new(Arc::clone(&env.clock), &dir.store)?);
-    let node = start_node(config, env, &dir, &member, &hub, &leases).await?;
+    let (readiness, [raft_latch, serving_latch]) =
+        Readiness::new(notifier, ["raft", "client and health ports"]);
+    let ports = open(config, env).await?;
+    let Ports { dir, pki, clients, observers, member } = ports;
+    let addresses = member.client_urls.join(", ");
+    let live = Live::start(config, env, &dir, &member).await?;
     raft_latch.set();
 
     let (stop_serving, stopping) = watch::channel(false);
-    let mut serving = JoinSet::new();
-    let api = Api::new(etcd::Parts {
-        node: node.clone(),
-        hub: hub.clone(),
-        leases: Arc::clone(&leases),
-        env: env.clone(),
-        membership: Arc::new(NodeMembership(node.clone())),
-        leader_leases: None,
-        backup: backup::source(node.clone()),
-        defragment: supervise::defragment(node.clone()),
-        settings,
-    });
-    let incoming = clients.accept(Caps::CLIENTS, metrics.connections.clone());
-    let counted = grpc::CountCalls::new(&metrics);
-    let stop = stopped(stopping.clone());
-    serving.spawn(async move {
-        Ok(etcd::serve(api, move |routes| routes.layer(counted), incoming, stop).await?)
-    });
-    api_latch.set();
+    let settings = settings(config);
+    let metrics = Metrics::new(versions().0, env.clock.wall());
+    let serving = live.serve(env, settings, metrics, clients, observers, &stopping);
+    serving_latch.set();
 
-    let health = NodeHealth { node: node.clone(), timeout: settings.request_timeout() };
-    let incoming = observers.accept(Caps::OBSERVERS, metrics.connections.clone());
-    metrics.collect(NodeMetrics {
-        node: node.clone(),
-        hub: hub.clone(),
-        leases: Arc::clone(&leases),
-        quota_bytes: settings.quota_bytes,
-    });
-    let router = http::router(Arc::new(health), Arc::new(metrics), versions().1);
-    let stop = stopped(stopping.clone());
-    serving.spawn(async move {
-        http::serve(incoming, router, stop).await;
-        Ok(())
-    });
-    health_latch.set();
-
+    let Live { node, hub, leases } = live;
     let mut background = vec![
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
         tokio::spawn(supervise::report_status(node.clone(), notifier)),
         tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
         tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
+        tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
     ];
     if let Some(watchdog) = Watchdog::from_environment() {
         let pulse = Pulse::new(Arc::clone(&env.clock));
         background.push(tokio::spawn(supervise::pulse(node.clone(), pulse.clone())));
         background.push(tokio::spawn(watchdog.feed(notifier, pulse, shutdown.clone())));
     }
-    background.push(tokio::spawn(supervise::announce_ready(
-        readiness,
-        notifier,
-        node.clone(),
-        addresses_text(&member.client_urls),
-    )));
     let store = dir.store.clone();
     Ok(Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock })
 }
 
-fn addresses_text(urls: &[String]) -> String {
-    urls.join(", ")
+/// What a server holds before it takes part in anything: its data, its certificates and its ports.
+struct Ports {
+    dir: DataDir,
+    pki: Pki,
+    clients: Listeners,
+    observers: Listeners,
+    member: Member,
+}
+
+async fn open(config: &Config, env: &Env) -> Result<Ports, RunError> {
+    // A port in use is a mistake to report before anything is touched.
+    let addresses = config.metrics_listen.addresses(&config.node_ips);
+    let observers =
+        Listeners::bind(&addresses, Security::PlainReadOnly, "metrics and health").await?;
+    let dir = DataDir::open(env, &config.db_dir, config.wal_linger).await?;
+    supervise::announce_opened(&dir);
+    let pki = establish_pki(config, env, &dir).await?;
+    let security = if config.insecure_http {
+        Security::PlainLoopback
+    } else {
+        Security::Tls(pki.accept(Port::Clients)?)
+    };
+    let addresses = config.client_listen.addresses(&config.node_ips);
+    let clients = Listeners::bind(&addresses, security, "the etcd API").await?;
+    let member = member(config, &dir, &clients.addresses()?);
+    Ok(Ports { dir, pki, clients, observers, member })
+}
+
+/// A node that takes part, and those who follow its store.
+struct Live {
+    node: Node,
+    hub: Hub,
+    leases: Arc<Leases>,
+}
+
+impl Live {
+    async fn start(
+        config: &Config,
+        env: &Env,
+        dir: &DataDir,
+        member: &Member,
+    ) -> Result<Self, RunError> {
+        let revision = dir.store.read()?.revision();
+        let hub = Hub::new(revision, WatchLimits::default());
+        let leases = Arc::new(Leases::new(Arc::clone(&env.clock), &dir.store)?);
+        let node = start_node(config, env, dir, member, &hub, &leases).await?;
+        Ok(Self { node, hub, leases })
+    }
+
+    /// Serves clients and health checks until `stopping`.
+    fn serve(
+        &self,
+        env: &Env,
+        settings: Settings,
+        mut metrics: Metrics,
+        clients: Listeners,
+        observers: Listeners,
+        stopping: &watch::Receiver<bool>,
+    ) -> JoinSet<Result<(), RunError>> {
+        let mut serving = JoinSet::new();
+        let api = Api::new(self.parts(env, settings));
+        let incoming = clients.accept(Caps::CLIENTS, metrics.connections.clone());
+        let counted = grpc::CountCalls::new(&metrics);
+        let stop = stopped(stopping.clone());
+        serving.spawn(async move {
+            Ok(etcd::serve(api, move |routes| routes.layer(counted), incoming, stop).await?)
+        });
+
+        let health = NodeHealth { node: self.node.clone(), timeout: settings.request_timeout() };
+        let incoming = observers.accept(Caps::OBSERVERS, metrics.connections.clone());
+        metrics.collect(NodeMetrics {
+            node: self.node.clone(),
+            hub: self.hub.clone(),
+            leases: Arc::clone(&self.leases),
+            quota_bytes: settings.quota_bytes,
+        });
+        let router = http::router(Arc::new(health), Arc::new(metrics), versions().1);
+        let stop = stopped(stopping.clone());
+        serving.spawn(async move {
+            http::serve(incoming, router, stop).await;
+            Ok(())
+        });
+        serving
+    }
+
+    fn parts(&self, env: &Env, settings: Settings) -> etcd::Parts {
+        let node = &self.node;
+        etcd::Parts {
+            node: node.clone(),
+            hub: self.hub.clone(),
+            leases: Arc::clone(&self.leases),
+            env: env.clone(),
+            membership: Arc::new(NodeMembership(node.clone())),
+            leader_leases: None,
+            backup: backup::source(node.clone()),
+            defragment: supervise::defragment(node.clone()),
+            settings,
+        }
+    }
 }
 
 /// Completes when the node is to stop serving.
@@ -318,10 +361,6 @@ fn versions() -> (Versions, Version) {
     (metrics, http)
 }
 
-fn metrics(env: &Env) -> Metrics {
-    Metrics::new(versions().0, env.clock.wall())
-}
-
 fn settings(config: &Config) -> Settings {
     let etcd = &config.etcd;
     let election = etcd.election_timeout.unwrap_or(ELECTION_MIN);
@@ -337,11 +376,6 @@ fn settings(config: &Config) -> Settings {
         election_timeout: election,
         ..Settings::default()
     }
-}
-
-async fn bind_observers(config: &Config) -> Result<Listeners, RunError> {
-    let addresses = config.metrics_listen.addresses(&config.node_ips);
-    Ok(Listeners::bind(&addresses, Security::PlainReadOnly, "metrics and health").await?)
 }
 
 fn names(config: &Config) -> Result<Names, RunError> {
@@ -372,19 +406,19 @@ async fn establish_pki(config: &Config, env: &Env, dir: &DataDir) -> Result<Pki,
     Ok(pki)
 }
 
-fn member(config: &Config, dir: &DataDir, addresses: &[SocketAddr]) -> Member {
+/// This node, as other members and clients shall know it.
+fn member(config: &Config, dir: &DataDir, clients: &[SocketAddr]) -> Member {
     let scheme = if config.insecure_http { "http" } else { "https" };
+    let urls = |scheme: &str, addresses: &[SocketAddr]| {
+        addresses.iter().map(|address| format!("{scheme}://{address}")).collect()
+    };
     Member {
         id: dir.identity.node,
         name: config.node_name.clone(),
-        client_urls: addresses.iter().map(|address| format!("{scheme}://{address}")).collect(),
-        ..Member::default()
+        peer_urls: urls("https", &config.peer_listen.addresses(&config.node_ips)),
+        client_urls: urls(scheme, clients),
+        learner: false,
     }
-}
-
-fn peer_urls(config: &Config) -> Vec<String> {
-    let addresses = config.peer_listen.addresses(&config.node_ips);
-    addresses.iter().map(|address| format!("https://{address}")).collect()
 }
 
 async fn start_node(
