@@ -178,7 +178,7 @@ impl Ballast {
         let taken = self.extend().await;
         if taken.is_err() {
             // The first error says what is wrong.
-            let _: io::Result<()> = self.release();
+            drop(self.release());
         }
         taken
     }

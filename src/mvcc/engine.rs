@@ -134,7 +134,7 @@ impl Engine {
             Err(error) => {
                 // The first error says what happened; a failing undo only leaves the handle useless, and
                 // the next call reports that.
-                let _: Result<(), redb::StorageError> = txn.abort();
+                drop(txn.abort());
                 Err(error)
             }
         }

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 
+use super::tests::wait;
 use super::*;
 use crate::env::{BoxFuture, Disk, DiskFile, Env, Open, host};
-use crate::testkit::wait;
 
 /// Operations left before the card is gone.
 #[derive(Clone, Debug)]

@@ -10,9 +10,9 @@ use redb::StorageBackend;
 use super::backend::{self, Backend};
 use super::ballast::{Ballast, Sizes, Space, SpaceGuard};
 use super::memory_disk::MemoryDisk;
+use super::tests::wait;
 use super::*;
 use crate::env::{Disk, Env};
-use crate::testkit::wait;
 
 const MIB: u64 = 1 << 20;
 const SIZES: Sizes = Sizes { ballast: 2 * MIB, low: MIB, enough: 3 * MIB };

@@ -362,7 +362,7 @@ async fn build_beside<T>(
     let built = built.and_then(|built| closed.map(|()| built));
     if built.is_err() {
         // The next open removes it if this cannot.
-        let _: io::Result<()> = backend::remove(env, &incoming);
+        drop(backend::remove(env, &incoming));
     }
     built
 }

@@ -10,7 +10,7 @@ use super::format::{CurRecord, POSITION_BYTES, Position, RevRecord};
 use super::*;
 use crate::env::host;
 use crate::proto::mvccpb::event::EventType;
-use crate::testkit::wait;
+pub(super) use crate::testkit::wait;
 use crate::types::{ClusterId, LogId, LogIndex, NodeId, Term};
 
 const OPTIONS: Options = Options { cache_bytes: 1 << 20, drain: DrainOn::Thread };

@@ -292,7 +292,10 @@ mod tests {
             epoch: Epoch::new(epoch),
             floor: 3,
             len: 4,
-            header: changes.iter().any(|(block, _)| *block == 0).then_some([epoch as u8; 512]),
+            header: changes
+                .iter()
+                .any(|(block, _)| *block == 0)
+                .then_some([epoch.to_le_bytes()[0]; 512]),
             changes: changes.to_vec(),
         }
     }
