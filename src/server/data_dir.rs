@@ -4,6 +4,7 @@
 //! <db-dir>/lock         held while a node runs
 //!          node.json    who this node is; written first, at founding
 //!          tls/         certificates and keys
+//!          ballast      given back when the card is full
 //!          state.redb   the state machine at its last checkpoint, with its checksum tables
 //!          wal/         the log since then
 //! ```
@@ -16,6 +17,7 @@ use thiserror::Error;
 use crate::env::Env;
 use crate::join::{Identity, IdentityError};
 use crate::limits;
+use crate::mvcc::ballast::{Sizes, SpaceGuard};
 use crate::mvcc::{self, DrainOn, Store, StoreError};
 use crate::wal::{self, Recovery, Wal};
 
@@ -89,6 +91,8 @@ pub struct DataDir {
     pub identity: Identity,
     /// Whether this start made the directory's contents.
     pub created: bool,
+    /// Watches the room on the card.
+    pub space: SpaceGuard,
     /// The state machine's store.
     pub store: Store,
     /// The log.
@@ -119,6 +123,9 @@ impl DataDir {
     ) -> Result<Self, DataDirError> {
         let lock = lock(env, path)?;
         let (identity, created) = identity(env, path).await?;
+        // Before the store: a card that is full gets the ballast back, so that replaying the log has room.
+        let space = SpaceGuard::open(env, &path.join("ballast"), Sizes::default())
+            .map_err(|source| directory_error(path, source))?;
         let options =
             mvcc::Options { cache_bytes: limits::STATE_CACHE_BYTES, drain: DrainOn::Thread };
         let store = Store::open(env, &path.join(STATE_FILE), &options)?;
@@ -127,7 +134,7 @@ impl DataDir {
         let (wal, recovery, writer) = Wal::open(env, &wal_dir(path), owner, options).await?;
         writer.spawn_thread().map_err(|source| directory_error(path, source))?;
         let path = path.to_owned();
-        Ok(Self { path, identity, created, store, wal, recovery, lock })
+        Ok(Self { path, identity, created, space, store, wal, recovery, lock })
     }
 }
 

@@ -196,6 +196,7 @@ async fn start(
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
         tokio::spawn(supervise::report_status(node.clone(), notifier)),
         tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
+        tokio::spawn(supervise::keep_space_alarm(node.clone(), dir.space.space())),
         tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
         tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
     ];
@@ -204,7 +205,9 @@ async fn start(
         background.push(tokio::spawn(supervise::pulse(node.clone(), pulse.clone())));
         background.push(tokio::spawn(watchdog.feed(notifier, pulse, shutdown.clone())));
     }
-    let store = dir.store.clone();
+    let store = dir.store;
+    // Ends with the store; what it does is seen in the store and in the alarm.
+    drop(dir.space.spawn_thread(store.clone())?);
     Ok(Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock })
 }
 

@@ -8,9 +8,14 @@ use tokio::sync::watch;
 
 use super::data_dir::DataDir;
 use crate::announce;
+use crate::command::Command;
 use crate::etcd::Defragment;
 use crate::events::{EventId, fields};
+use crate::mvcc::Fault;
+use crate::mvcc::ballast::Space;
 use crate::pki::{Issued, Names, Pki};
+use crate::proto::etcdserverpb::alarm_request::AlarmAction;
+use crate::proto::etcdserverpb::{AlarmRequest, AlarmType};
 use crate::raft::{Node, Role, Status};
 use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason};
 
@@ -19,6 +24,9 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// A barrier that takes longer is worth a line.
 const SLOW_BARRIER: Duration = Duration::from_secs(3);
+
+/// How long changing an alarm may take.
+const ALARM_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A card that has not answered for so long will not: the node exits, and systemd starts it again.
 const HUNG_BARRIER: Duration = Duration::from_secs(20);
@@ -151,7 +159,11 @@ pub(super) async fn watch_failures(node: Node, shutdown: Shutdown) {
                 return;
             }
             failure = &mut store => {
-                announce!(EventId::StateDamaged, "{failure}");
+                match failure.fault() {
+                    Fault::Full => announce!(EventId::DiskFull, "{failure}"),
+                    Fault::Damaged => announce!(EventId::StateDamaged, "{failure}"),
+                    Fault::Card => announce!(EventId::BarrierFailed, "{failure}"),
+                }
                 shutdown.begin(StopReason::Failed(failure.to_string()));
                 return;
             }
@@ -172,6 +184,45 @@ pub(super) async fn watch_failures(node: Node, shutdown: Shutdown) {
             }
         }
     }
+}
+
+/// Raises the NOSPACE alarm when the card is nearly full, and clears it when it was this that raised it.
+pub(super) async fn keep_space_alarm(node: Node, mut space: watch::Receiver<Space>) {
+    let mut raised = false;
+    loop {
+        let now = *space.borrow_and_update();
+        let wanted = now == Space::Low;
+        if wanted != raised && propose_space_alarm(&node, wanted).await {
+            raised = wanted;
+            if raised {
+                announce!(
+                    EventId::DiskFull,
+                    "the card is nearly full; writes are refused until there is room"
+                );
+            } else {
+                announce!(EventId::AlarmCleared, "there is room on the card again");
+            }
+        }
+        if space.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Whether the alarm is now as wanted.
+async fn propose_space_alarm(node: &Node, raise: bool) -> bool {
+    let action = if raise { AlarmAction::Activate } else { AlarmAction::Deactivate };
+    let request = AlarmRequest {
+        action: action.into(),
+        member_id: node.status().node.get(),
+        alarm: AlarmType::Nospace.into(),
+    };
+    let deadline = node.env().clock.now() + ALARM_TIMEOUT;
+    let proposed = node.propose(Command::Alarm(request), deadline).await;
+    if let Err(error) = &proposed {
+        tracing::warn!(%error, raise, "the NOSPACE alarm could not be changed; tried again when the room changes");
+    }
+    proposed.is_ok()
 }
 
 /// Ticks while Raft answers: what the watchdog watches.
