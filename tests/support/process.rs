@@ -1,4 +1,5 @@
-//! One child process: started with its output in a file, killed by pid when dropped.
+//! One child process: started with nothing but its own environment and its output in a file, killed by pid when
+//! dropped.
 
 use std::fs::{File, OpenOptions};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -29,7 +30,7 @@ impl Process {
         let open = || -> File {
             OpenOptions::new().create(true).append(true).open(log).expect("log of the child")
         };
-        let child = command
+        let child = dying_with_us(command)
             .stdin(Stdio::null())
             .stdout(open())
             .stderr(open())
@@ -101,6 +102,15 @@ impl Drop for Process {
             tail.iter().rev().for_each(|line| eprintln!("{line}"));
         }
     }
+}
+
+/// The same command, killed by the kernel should this test process end without cleaning up.
+fn dying_with_us(command: &Command) -> Command {
+    let mut wrapped = Command::new("setpriv");
+    wrapped.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program());
+    wrapped.args(command.get_args()).env_clear();
+    wrapped.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    wrapped
 }
 
 /// Below the ports that the kernel gives to outgoing connections, which would otherwise take one between the moment

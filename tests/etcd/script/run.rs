@@ -4,7 +4,7 @@
     reason = "each service takes its calls and passes the rest on"
 )]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -50,8 +50,10 @@ struct WatchStream {
     /// Creations that were not answered yet. etcd answers them on another way than progress requests, which may
     /// overtake them.
     unanswered: usize,
-    /// A cancellation was sent since the last drain; of an unknown id it gets no answer.
-    canceling: bool,
+    /// Watchers that were created and not canceled.
+    live: BTreeSet<i64>,
+    /// Those of them whose cancellation was sent and not confirmed. Of an unknown id it never is.
+    canceling: BTreeSet<i64>,
 }
 
 type Lines = Vec<String>;
@@ -473,12 +475,11 @@ impl Session {
             stream
                 .send(pb::watch_request::RequestUnion::ProgressRequest(pb::WatchProgressRequest {}))
                 .await;
-            while !(caught_up && stream.unanswered == 0 && !stream.canceling) {
+            while !(caught_up && stream.owes_nothing()) {
                 let Ok(response) = stream.next(QUIET).await else { break };
                 let revision = response.header.as_ref().map_or(0, |header| header.revision);
                 let lines = by_watcher.entry(response.watch_id).or_default();
                 if response.created || response.canceled {
-                    stream.canceling &= !response.canceled || response.created;
                     let mut ends = response.clone();
                     ends.events.clear();
                     lines.extend(print::watch(&ids, &ends));
@@ -487,9 +488,7 @@ impl Session {
                 }
                 lines.extend(response.events.iter().flat_map(print::watch_event));
             }
-            // Nothing came for a moment: a cancellation that is not answered by now never will be.
-            stream.canceling = false;
-            if caught_up && stream.unanswered == 0 {
+            if caught_up && stream.owes_nothing() {
                 stream.discard_progress().await;
                 let lines = by_watcher.into_iter().flat_map(|(id, lines)| {
                     lines.into_iter().map(move |line| format!("{id}: {line}"))
@@ -535,14 +534,22 @@ impl WatchStream {
                 }
             }
         });
-        Self { requests, responses, unanswered: 0, canceling: false }
+        Self {
+            requests,
+            responses,
+            unanswered: 0,
+            live: BTreeSet::new(),
+            canceling: BTreeSet::new(),
+        }
     }
 
     async fn send(&mut self, request: pb::watch_request::RequestUnion) {
         use pb::watch_request::RequestUnion;
         match request {
             RequestUnion::CreateRequest(_) => self.unanswered += 1,
-            RequestUnion::CancelRequest(_) => self.canceling = true,
+            RequestUnion::CancelRequest(ref cancel) => {
+                self.canceling.extend(self.live.get(&cancel.watch_id));
+            }
             RequestUnion::ProgressRequest(_) => {}
         }
         // A stream that the server ended shows at the next receive.
@@ -557,9 +564,20 @@ impl WatchStream {
             Ok(Some(Err(status))) => Err(print::status(&status)),
             Ok(Some(Ok(response))) => {
                 self.unanswered = self.unanswered.saturating_sub(usize::from(response.created));
+                if response.canceled {
+                    self.live.remove(&response.watch_id);
+                    self.canceling.remove(&response.watch_id);
+                } else if response.created {
+                    self.live.insert(response.watch_id);
+                }
                 Ok(response)
             }
         }
+    }
+
+    /// Whether every creation and cancellation was answered.
+    fn owes_nothing(&self) -> bool {
+        self.unanswered == 0 && self.canceling.is_empty()
     }
 
     /// Leaves no answer to an earlier progress request behind.
