@@ -2,7 +2,14 @@
 //!
 //! Request messages are also the vocabulary of our log: a command carries the request as etcd's
 //! clients sent it, so nothing is converted on the path of a write. See [`crate::command`].
-#![allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, reason = "generated code")]
+#![allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::allow_attributes_without_reason,
+    clippy::wildcard_enum_match_arm,
+    reason = "generated code"
+)]
 
 pub mod mvccpb {
     tonic::include_proto!("mvccpb");

@@ -182,7 +182,7 @@ pub fn run_in(
     if failure.exit != Exit::Done && !failure.text.is_empty() {
         let fix = failure.fix.map_or(String::new(), |fix| format!("\n  fix: {fix}"));
         // Nobody is left to tell if this cannot be written either.
-        let _ = writeln!(err, "{}{fix}", failure.text);
+        drop(writeln!(err, "{}{fix}", failure.text));
     }
     failure.exit
 }

@@ -75,7 +75,7 @@ impl Session {
         if let Err(status) = result {
             tracing::debug!(code = ?status.code(), reason = status.message(), "watch stream ended");
             // A client that is gone does not need to hear why.
-            let _ = self.outbox.send(Err(status)).await;
+            drop(self.outbox.send(Err(status)).await);
         }
     }
 

@@ -391,7 +391,7 @@ impl Node {
         if self.shared.checkpoint_requests.send(CheckpointRequest(done)).is_err() {
             return Err(StoreError::Stopping);
         }
-        durable.await.unwrap_or_else(|_closed| Err(StoreError::Stopping))
+        durable.await.unwrap_or(Err(StoreError::Stopping))
     }
 
     /// Leaves: checkpoint, stop openraft, close the log. The last act of a node.
