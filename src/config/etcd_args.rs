@@ -406,7 +406,7 @@ mod tests {
         for name in HONOURED {
             let mut reading = Reading::default();
             let item = Item { text: String::new(), origin: Origin::Default };
-            let _ = reading.apply(name, "1", &item);
+            drop(reading.apply(name, "1", &item));
         }
     }
 

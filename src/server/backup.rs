@@ -10,6 +10,7 @@ use crate::backup::bolt::WriteError;
 use crate::backup::etcd_file::{EtcdFile, RevisionRow, Revisions};
 use crate::etcd::{self, Backup, BackupSource};
 use crate::mvcc::{ReadTxn, StoreError};
+use crate::proto::mvccpb::KeyValue;
 use crate::proto::mvccpb::event::EventType;
 use crate::raft::{Member, Node};
 use crate::types::{LogId, Revision};
@@ -34,12 +35,17 @@ impl Revisions for ReadTxn {
             let (chunk, looked_at) = self.events(from, None, CHUNK_BYTES).map_err(io_error)?;
             for revision in chunk {
                 for (event, sub) in revision.events.iter().zip(0_i64..) {
-                    let key_value =
-                        event.kv.as_ref().map(Message::encode_to_vec).unwrap_or_default();
+                    let tombstone = event.r#type() == EventType::Delete;
+                    let mut kv = event.kv.clone().unwrap_or_default();
+                    if tombstone {
+                        // As etcd stores it: nothing but the key.
+                        kv = KeyValue { key: kv.key, ..KeyValue::default() };
+                    }
+                    let key_value = kv.encode_to_vec();
                     visit(RevisionRow {
                         main: revision.revision,
                         sub,
-                        tombstone: event.r#type() == EventType::Delete,
+                        tombstone,
                         key_value: &key_value,
                     })?;
                 }

@@ -673,7 +673,7 @@ impl DiskFile for OpenFile {
     }
 
     fn set_len(&self, _len: u64) -> io::Result<()> {
-        unimplemented!("certificates are not resized")
+        Err(io::Error::other("certificates are not resized"))
     }
 
     fn sync(&self) -> BoxFuture<'_, io::Result<()>> {
