@@ -363,7 +363,7 @@ fn fill<T>(
         return Err(StoreError::Stream("it holds no state".to_owned()));
     }
     // Before it takes the old file's place, because afterwards there is no way back.
-    read::read_head(&engine.begin_read()?.open_table(META)?)?;
+    super::read::read_head(&engine.begin_read()?.open_table(super::read::META)?)?;
     Ok(value)
 }
 
