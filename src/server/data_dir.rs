@@ -13,14 +13,13 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use super::parts::{self, Mismatch};
 use crate::env::Env;
 use crate::join::{Identity, IdentityError};
 use crate::limits;
-use crate::mvcc::backend::OpenError;
 use crate::mvcc::{self, DrainOn, Store, StoreError};
-use crate::raft;
-use crate::types::{ClusterId, LogId};
-use crate::wal::{self, HardState, Recovery, Wal};
+use crate::mvcc::backend::OpenError;
+use crate::wal::{self, Recovery, Wal};
 
 /// Why a data directory cannot be used.
 #[derive(Debug, Error)]
@@ -43,19 +42,14 @@ pub enum DataDirError {
     #[error(transparent)]
     Identity(#[from] IdentityError),
     /// Something else has its name.
-    #[error("the data directory {path} is a file, expected a directory")]
+    #[error("{path} is a file, expected a directory")]
     NotADirectory {
         /// The path.
         path: String,
     },
     /// The state cannot be opened.
-    #[error("{path}: {source}")]
-    Store {
-        /// Its file.
-        path: String,
-        /// What is wrong with it.
-        source: StoreError,
-    },
+    #[error("{STATE_FILE}: {0}")]
+    Store(#[from] StoreError),
     /// The log cannot be opened.
     #[error(transparent)]
     Wal(#[from] wal::OpenError),
@@ -77,45 +71,6 @@ pub enum DataDirError {
     },
 }
 
-/// How the parts of a data directory contradict each other. To go on would forget acknowledged writes, or votes.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-pub enum Mismatch {
-    /// There is no log at all.
-    #[error("there is no log, but the state has applied entry {applied}")]
-    LogMissing {
-        /// The state's last entry.
-        applied: LogId,
-    },
-    /// The log is durable before the state is, so it cannot end earlier.
-    #[error("the log ends {}, but the state has applied entry {applied}", at(*last))]
-    LogTooShort {
-        /// The log's end.
-        last: Option<LogId>,
-        /// The state's last entry.
-        applied: LogId,
-    },
-    /// The log forgets only what the state has durably.
-    #[error("the log begins after entry {purged}, but the state ends {}", at(*applied))]
-    StateTooOld {
-        /// The last entry that the log has forgotten.
-        purged: LogId,
-        /// The state's last entry.
-        applied: Option<LogId>,
-    },
-    /// The state is another cluster's.
-    #[error("the state is of cluster {found}, expected {expected}, as node.json says")]
-    Cluster {
-        /// In the state.
-        found: ClusterId,
-        /// In `node.json`.
-        expected: ClusterId,
-    },
-}
-
-fn at(id: Option<LogId>) -> String {
-    id.map_or_else(|| "before its first entry".to_owned(), |id| format!("at entry {id}"))
-}
-
 impl DataDirError {
     /// What the operator can do.
     pub fn remedy(&self) -> String {
@@ -133,20 +88,20 @@ impl DataDirError {
                 "restore node.json from a backup of this node; without one, move the directory away and start as a new node"
                     .to_owned()
             }
-            Self::Store { source: StoreError::Format { .. }, .. } | Self::Wal(wal::OpenError::Version { .. }) => {
-                "start the newer release that wrote it; nothing was changed".to_owned()
+            Self::Store(StoreError::Format { .. }) | Self::Wal(wal::OpenError::Version { .. }) => {
+                "nothing was changed; start the newer release that wrote it".to_owned()
             }
-            Self::Store { source: StoreError::Io(_) | StoreError::Open(OpenError::Io(_)), .. }
+            Self::Store(StoreError::Io(_) | StoreError::Open(OpenError::Io(_)))
             | Self::Wal(wal::OpenError::Io { .. }) => {
-                "check that the user that runs k3s-server owns everything in `db-dir`, that the card is not read-only or full, and `journalctl -k -g mmc`"
+                "check that the user that runs k3s-server owns everything in `db-dir`, that the card is neither full nor read-only, and `journalctl -k -g mmc`"
                     .to_owned()
             }
-            Self::Store { .. } => {
+            Self::Store(_) => {
                 "with other servers running, remove this node from the cluster and join it again; alone, restore a backup"
                     .to_owned()
             }
             Self::Wal(wal::OpenError::Identity { .. }) | Self::Mismatch { .. } => {
-                "nothing was changed; a part was lost, copied from another node or restored alone: put the whole directory back as it was at one time; with other servers running, remove this node and join it again"
+                "a part was lost, copied from another node or restored alone; put the whole directory back as it was at one time; with other servers running, remove this node and join it again"
                     .to_owned()
             }
             Self::Wal(wal::OpenError::Corrupt(_)) => {
@@ -195,102 +150,26 @@ impl DataDir {
     ) -> Result<Self, DataDirError> {
         let lock = lock(env, path)?;
         let (identity, created) = identity(env, path).await?;
-        let store = open_store(env, path)?;
-        let applied = adopt(&store, path, identity)?;
-        if let Some(applied) = applied
-            && !has_log(env, path)?
-        {
-            return Err(mismatch(path, Mismatch::LogMissing { applied }));
-        }
+        let options =
+            mvcc::Options { cache_bytes: limits::STATE_CACHE_BYTES, drain: DrainOn::Thread };
+        let store = Store::open(env, &path.join(STATE_FILE), &options)?;
+        let applied = parts::adopt(env, path, &store, identity)?;
         let owner = wal::Identity { cluster: identity.cluster, node: identity.node };
         let options = wal::Options { linger, ..wal::Options::default() };
         let (wal, recovery, writer) = Wal::open(env, &wal_dir(path), owner, options).await?;
-        let alone = is_alone(&store, path, identity)?;
-        compare(applied, &wal.hard_state(), alone).map_err(|found| mismatch(path, found))?;
+        parts::compare(path, applied, &wal, parts::is_alone(&store, identity)?)?;
         writer.spawn_thread().map_err(|source| directory_error(path, source))?;
         let path = path.to_owned();
         Ok(Self { path, identity, created, store, wal, recovery, lock })
     }
 }
 
-fn directory_error(path: &Path, source: io::Error) -> DataDirError {
+pub(super) fn directory_error(path: &Path, source: io::Error) -> DataDirError {
     let path = path.display().to_string();
-    match source.kind() {
-        io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
-            DataDirError::NotADirectory { path }
-        }
-        _ => DataDirError::Directory { path, source },
+    if matches!(source.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory) {
+        return DataDirError::NotADirectory { path };
     }
-}
-
-fn store_error(path: &Path, source: StoreError) -> DataDirError {
-    DataDirError::Store { path: path.join(STATE_FILE).display().to_string(), source }
-}
-
-fn open_store(env: &Env, path: &Path) -> Result<Store, DataDirError> {
-    let options = mvcc::Options { cache_bytes: limits::STATE_CACHE_BYTES, drain: DrainOn::Thread };
-    Store::open(env, &path.join(STATE_FILE), &options).map_err(|error| store_error(path, error))
-}
-
-fn mismatch(path: &Path, mismatch: Mismatch) -> DataDirError {
-    DataDirError::Mismatch { path: path.display().to_string(), mismatch }
-}
-
-/// Gives a new state its cluster, or checks that an old one has it. Returns the last entry that the state has.
-fn adopt(store: &Store, path: &Path, identity: Identity) -> Result<Option<LogId>, DataDirError> {
-    let failed = |error| store_error(path, error);
-    let view = store.read().map_err(failed)?;
-    match view.cluster_id() {
-        Some(found) if found == identity.cluster => {}
-        Some(found) => {
-            let expected = identity.cluster;
-            return Err(mismatch(path, Mismatch::Cluster { found, expected }));
-        }
-        None => {
-            let name = store.write(|txn| {
-                txn.set_cluster_id(identity.cluster);
-                Ok(())
-            });
-            name.map_err(failed)?;
-        }
-    }
-    Ok(view.applied())
-}
-
-/// Whether there is a log, in whatever condition.
-fn has_log(env: &Env, path: &Path) -> Result<bool, DataDirError> {
-    let dir = wal_dir(path);
-    if !env.disk.exists(&dir).map_err(|source| directory_error(path, source))? {
-        return Ok(false);
-    }
-    let files = env.disk.list(&dir).map_err(|source| directory_error(&dir, source))?;
-    Ok(files.iter().any(|file| file.extension().is_some_and(|extension| extension == "wal")))
-}
-
-/// Whether this node is the only voter, as far as the state knows.
-fn is_alone(store: &Store, path: &Path, identity: Identity) -> Result<bool, DataDirError> {
-    let view = store.read().map_err(|error| store_error(path, error))?;
-    // A membership that cannot be read is reported by Raft, which needs it.
-    let voters = raft::inspect::voters(&view).unwrap_or_default();
-    Ok(voters.len() == 1 && voters.contains(&identity.node))
-}
-
-/// Whether log and state can be two halves of one node. With other voters, a snapshot may have come from them and
-/// the log's own end with it got lost in a crash.
-fn compare(applied: Option<LogId>, log: &HardState, alone: bool) -> Result<(), Mismatch> {
-    let index = |id: Option<LogId>| id.map(|id| id.index);
-    if let Some(purged) = log.purged
-        && index(applied) < Some(purged.index)
-    {
-        return Err(Mismatch::StateTooOld { purged, applied });
-    }
-    if let Some(applied) = applied
-        && alone
-        && index(log.last) < Some(applied.index)
-    {
-        return Err(Mismatch::LogTooShort { last: log.last, applied });
-    }
-    Ok(())
+    DataDirError::Directory { path, source }
 }
 
 fn lock(env: &Env, path: &Path) -> Result<Lock, DataDirError> {
@@ -318,49 +197,4 @@ async fn identity(env: &Env, path: &Path) -> Result<(Identity, bool), DataDirErr
     let identity = Identity::random(env);
     identity.store(env, path).await?;
     Ok((identity, true))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::types::{LogIndex, NodeId, Term};
-
-    fn id(index: u64) -> LogId {
-        LogId { term: Term::new(1), leader: NodeId::new(1), index: LogIndex::new(index) }
-    }
-
-    fn log(purged: Option<u64>, last: Option<u64>) -> HardState {
-        HardState { purged: purged.map(id), last: last.map(id), ..HardState::default() }
-    }
-
-    #[test]
-    fn halves_of_one_node_fit() {
-        for (applied, log) in [
-            (None, log(None, None)),
-            (None, log(None, Some(5))),
-            (Some(5), log(None, Some(5))),
-            (Some(5), log(Some(5), Some(5))),
-            (Some(7), log(Some(5), Some(9))),
-        ] {
-            assert_eq!(compare(applied.map(id), &log, true), Ok(()), "{applied:?} {log:?}");
-        }
-    }
-
-    #[test]
-    fn a_log_that_ends_before_the_state_lost_something() {
-        let (applied, last) = (id(6), Some(id(5)));
-        let expected = Err(Mismatch::LogTooShort { last, applied });
-        assert_eq!(compare(Some(applied), &log(None, Some(5)), true), expected);
-        assert_eq!(compare(Some(applied), &log(None, Some(5)), false), Ok(()), "a snapshot came");
-    }
-
-    #[test]
-    fn a_state_that_ends_before_the_log_begins_lost_something() {
-        for applied in [None, Some(id(4))] {
-            for alone in [false, true] {
-                let expected = Err(Mismatch::StateTooOld { purged: id(5), applied });
-                assert_eq!(compare(applied, &log(Some(5), Some(9)), alone), expected);
-            }
-        }
-    }
 }

@@ -103,7 +103,6 @@ impl RunError {
             self,
             Self::Names(_)
                 | Self::Logging(_)
-                | Self::DataDir(DataDirError::NotADirectory { .. })
                 | Self::Listen(ListenError::PlainExposed { .. })
                 | Self::Start(StartError::Timing(_))
         )
@@ -179,14 +178,18 @@ async fn start(
     let metrics = metrics(env);
     let settings = settings(config);
     // The ports first: a port in use is a mistake to report before anything is touched.
+    let security = config.insecure_http.then_some(Security::PlainLoopback);
     let observers = bind_observers(config).await?;
-    let clients = bind_clients(config).await?;
 
     let dir = DataDir::open(env, &config.db_dir, config.wal_linger).await?;
     supervise::announce_opened(&dir);
     let pki = establish_pki(config, env, &dir).await?;
-    let clients =
-        if config.insecure_http { clients } else { clients.with_tls(pki.accept(Port::Clients)?) };
+    let security = match security {
+        Some(plain) => plain,
+        None => Security::Tls(pki.accept(Port::Clients)?),
+    };
+    let addresses = config.client_listen.addresses(&config.node_ips);
+    let clients = Listeners::bind(&addresses, security, "the etcd API").await?;
 
     let mut member = member(config, &dir, &clients.addresses()?);
     member.peer_urls = peer_urls(config);
@@ -329,14 +332,6 @@ fn settings(config: &Config) -> Settings {
 async fn bind_observers(config: &Config) -> Result<Listeners, RunError> {
     let addresses = config.metrics_listen.addresses(&config.node_ips);
     Ok(Listeners::bind(&addresses, Security::PlainReadOnly, "metrics and health").await?)
-}
-
-/// With TLS, certificates come later: they are in the data directory, which is not to be touched before.
-async fn bind_clients(config: &Config) -> Result<Listeners, RunError> {
-    let addresses = config.client_listen.addresses(&config.node_ips);
-    let security =
-        if config.insecure_http { Security::PlainLoopback } else { Security::ClosedUntilTls };
-    Ok(Listeners::bind(&addresses, security, "the etcd API").await?)
 }
 
 fn names(config: &Config) -> Result<Names, RunError> {
