@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -121,14 +122,10 @@ async fn strangers_are_turned_away_in_the_handshake() {
     let usage = ExtendedKeyUsagePurpose::ClientAuth;
     let good = Wish { uri: Some(uri(&dir, "client")), until: later, usage };
     let shown = good.issue(&authority(&dir));
-    let channel =
-        client::channel_with(&host.endpoint().address, Some(client::tls_with(&files, shown)));
-    let answer = client::call(
-        &channel.await.unwrap(),
-        "/etcdserverpb.Cluster/MemberList",
-        bytes::Bytes::new(),
-    );
-    answer.await.expect("a good certificate");
+    let config = client::tls_with(&files, shown);
+    let channel = client::channel_with(&host.endpoint().address, Some(config)).await.unwrap();
+    let members = "/etcdserverpb.Cluster/MemberList";
+    client::call(&channel, members, Bytes::new()).await.expect("a good certificate");
     host.is_well().await;
     host.stops().await;
 }

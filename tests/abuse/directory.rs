@@ -217,21 +217,20 @@ fn one_directory_serves_one_server() {
 
     // Log and state are in use, so only the outcome is looked at here.
     let second = Start::on(&db).run();
-    let same_port = Start { ports: first.ports, ..Start::on(&dir.path().join("other")) }.run();
-    let client_port =
-        Start { ports: [first.ports[0], 0, 0], ..Start::on(&dir.path().join("third")) };
-    let client_port = client_port.run();
+    let (other, third) = (dir.path().join("other"), dir.path().join("third"));
+    let same_ports = Start { ports: first.ports, ..Start::on(&other) }.run();
+    let [_, peer, metrics] = free_ports();
+    let same_client_port =
+        Start { ports: [first.ports[0], peer, metrics], ..Start::on(&third) }.run();
 
     assert_eq!(second.status, Some(FAILED), "{}", second.printed);
     assert!(second.printed.contains("in use by another process"), "{}", second.printed);
-    for taken in [same_port, client_port] {
+    for taken in [same_ports, same_client_port] {
         assert_eq!(taken.status, Some(FAILED), "{}", taken.printed);
         assert!(taken.printed.contains("the port is in use by `k3s-server`"), "{}", taken.printed);
         assert!(taken.printed.contains("fix: stop the process"), "{}", taken.printed);
     }
-    for untouched in ["other", "third"] {
-        assert!(!dir.path().join(untouched).exists(), "a directory was made for nothing");
-    }
+    assert!(!other.exists() && !third.exists(), "a directory was made for nothing");
     assert!(holder.try_wait().unwrap().is_none(), "the first server is gone");
     holder.kill().unwrap();
     holder.wait().unwrap();
