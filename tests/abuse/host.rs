@@ -36,9 +36,9 @@ impl Host {
         Self::start(&Options { tls: true, ..Options::default() }).await
     }
 
+    /// Blocks the test's own thread, on purpose: a server dies with the thread that started it.
     pub async fn start(options: &Options) -> Self {
-        let options = options.clone();
-        let ours = tokio::task::spawn_blocking(move || Ours::start(&options)).await.unwrap();
+        let ours = Ours::start(options);
         let channel = client::channel(ours.endpoint()).await.unwrap();
         let mut host = Self { ours, channel, written: BTreeMap::new() };
         host.write("before", "any abuse").await;
@@ -92,31 +92,19 @@ impl Host {
     /// Killed and started again, it still has everything.
     pub async fn survives_a_kill(mut self) {
         self.has_not_panicked();
-        let (ours, channel) = tokio::task::spawn_blocking(move || {
-            self.ours.kill();
-            self.ours.restart();
-            (self.ours, self.written)
-        })
-        .await
-        .map(|(ours, written)| (ours, written))
-        .unwrap();
-        let written = channel;
-        let channel = client::channel(ours.endpoint()).await.unwrap();
-        let host = Self { ours, channel, written };
-        host.has_everything().await;
-        host.stops().await;
+        self.ours.kill();
+        self.ours.restart();
+        self.channel = client::channel(self.ours.endpoint()).await.unwrap();
+        self.has_everything().await;
+        self.stops().await;
     }
 
     /// Told to stop, it does, with status 0.
     pub async fn stops(mut self) {
         drop(self.channel);
-        let stopped = tokio::task::spawn_blocking(move || {
-            let log = log(self.ours.pid());
-            let stopped = self.ours.stop();
-            let printed = fs::read_to_string(log).unwrap();
-            (stopped, printed)
-        });
-        let (stopped, printed) = stopped.await.unwrap();
+        let log = log(self.ours.pid());
+        let stopped = self.ours.stop();
+        let printed = fs::read_to_string(log).unwrap();
         assert!(stopped, "did not stop with status 0:\n{printed}");
         assert!(!printed.contains("panicked"), "{printed}");
     }
