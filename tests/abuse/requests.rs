@@ -24,7 +24,7 @@ enum Says {
     Begins(Code, &'static str),
     /// An answer of our own; why is written beside. A real etcd is not asked.
     Ours(Code, &'static str),
-    /// Any answer: what matters is that there is one.
+    /// Any definite answer. A real etcd is not asked: it differs between versions, or ends the process.
     Anything,
 }
 
@@ -451,7 +451,7 @@ async fn wrong(channel: &Channel, case: &Case, ours: bool) -> Option<String> {
 async fn all_wrong(channel: &Channel, ours: bool) -> Vec<String> {
     let mut all = Vec::new();
     for case in cases() {
-        if !ours && matches!(case.says, Says::Ours(..)) {
+        if !ours && matches!(case.says, Says::Ours(..) | Says::Anything) {
             continue;
         }
         all.extend(wrong(channel, &case, ours).await);
