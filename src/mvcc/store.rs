@@ -382,6 +382,8 @@ fn fill<T>(
     if !engine.is_founded()? {
         return Err(StoreError::Stream("it holds no state".to_owned()));
     }
+    // Before it takes the old file's place, because afterwards there is no way back.
+    super::read::read_head(&engine.begin_read()?.open_table(super::read::META)?)?;
     Ok(value)
 }
 

@@ -14,11 +14,13 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use super::parts::{self, Mismatch};
 use crate::env::Env;
 use crate::join::{Identity, IdentityError};
 use crate::limits;
 use crate::mvcc::ballast::{Sizes, SpaceGuard};
 use crate::mvcc::{self, DrainOn, Store, StoreError};
+use crate::mvcc::backend::OpenError;
 use crate::wal::{self, Recovery, Wal};
 
 /// Why a data directory cannot be used.
@@ -41,8 +43,14 @@ pub enum DataDirError {
     /// Who this node is cannot be told.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// Something else has its name.
+    #[error("{path} is a file, expected a directory")]
+    NotADirectory {
+        /// The path.
+        path: String,
+    },
     /// The state cannot be opened.
-    #[error(transparent)]
+    #[error("{STATE_FILE}: {0}")]
     Store(#[from] StoreError),
     /// The log cannot be opened.
     #[error(transparent)]
@@ -54,6 +62,14 @@ pub enum DataDirError {
         path: String,
         /// What was found.
         found: &'static str,
+    },
+    /// Log, state and identity are not one node's, of one time.
+    #[error("the parts of the data directory {path} do not belong together: {mismatch}")]
+    Mismatch {
+        /// The directory.
+        path: String,
+        /// What contradicts what.
+        mismatch: Mismatch,
     },
 }
 
@@ -67,15 +83,30 @@ impl DataDirError {
             Self::InUse { .. } => {
                 "stop the other process (`systemctl status k3s-server`), or set another `db-dir`".to_owned()
             }
+            Self::NotADirectory { path } => {
+                format!("set `db-dir` to a directory, or move the file {path} away")
+            }
             Self::Identity(_) | Self::Orphan { .. } => {
                 "restore node.json from a backup of this node; without one, move the directory away and start as a new node"
+                    .to_owned()
+            }
+            Self::Store(StoreError::Format { .. }) | Self::Wal(wal::OpenError::Version { .. }) => {
+                "nothing was changed; start the newer release that wrote it".to_owned()
+            }
+            Self::Store(StoreError::Io(_) | StoreError::Open(OpenError::Io(_)))
+            | Self::Wal(wal::OpenError::Io { .. }) => {
+                "check that the user that runs k3s-server owns everything in `db-dir`, that the card is neither full nor read-only, and `journalctl -k -g mmc`"
                     .to_owned()
             }
             Self::Store(_) => {
                 "with other servers running, remove this node from the cluster and join it again; alone, restore a backup"
                     .to_owned()
             }
-            Self::Wal(_) => {
+            Self::Wal(wal::OpenError::Identity { .. }) | Self::Mismatch { .. } => {
+                "a part was lost, copied from another node or restored alone; put the whole directory back as it was at one time; with other servers running, remove this node and join it again"
+                    .to_owned()
+            }
+            Self::Wal(wal::OpenError::Corrupt(_)) => {
                 "nothing was changed; `k3s-server wal verify` shows the damage; with other servers running, remove this node and join it again"
                     .to_owned()
             }
@@ -129,17 +160,23 @@ impl DataDir {
         let options =
             mvcc::Options { cache_bytes: limits::STATE_CACHE_BYTES, drain: DrainOn::Thread };
         let store = Store::open(env, &path.join(STATE_FILE), &options)?;
+        let applied = parts::adopt(env, path, &store, identity)?;
         let owner = wal::Identity { cluster: identity.cluster, node: identity.node };
         let options = wal::Options { linger, ..wal::Options::default() };
         let (wal, recovery, writer) = Wal::open(env, &wal_dir(path), owner, options).await?;
+        parts::compare(path, applied, &wal, parts::is_alone(&store, identity)?)?;
         writer.spawn_thread().map_err(|source| directory_error(path, source))?;
         let path = path.to_owned();
         Ok(Self { path, identity, created, space, store, wal, recovery, lock })
     }
 }
 
-fn directory_error(path: &Path, source: io::Error) -> DataDirError {
-    DataDirError::Directory { path: path.display().to_string(), source }
+pub(super) fn directory_error(path: &Path, source: io::Error) -> DataDirError {
+    let path = path.display().to_string();
+    if matches!(source.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory) {
+        return DataDirError::NotADirectory { path };
+    }
+    DataDirError::Directory { path, source }
 }
 
 fn lock(env: &Env, path: &Path) -> Result<Lock, DataDirError> {

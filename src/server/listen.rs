@@ -69,6 +69,8 @@ pub enum Security {
     PlainLoopback,
     /// Nothing, on any address: for metrics and health, which have no secrets (`etcd-expose-metrics`).
     PlainReadOnly,
+    /// The port is taken, but nobody is let in before [`Listeners::with_tls`].
+    ClosedUntilTls,
 }
 
 /// Why an address cannot be listened on.
@@ -163,6 +165,12 @@ impl Listeners {
         Ok(Self { listeners, security, purpose })
     }
 
+    /// Mutual TLS from here on.
+    #[must_use]
+    pub fn with_tls(self, config: Arc<ServerConfig>) -> Self {
+        Self { security: Security::Tls(config), ..self }
+    }
+
     /// The addresses really listened on: port 0 has become a port.
     pub fn addresses(&self) -> io::Result<Vec<SocketAddr>> {
         self.listeners.iter().map(TcpListener::local_addr).collect()
@@ -172,13 +180,17 @@ impl Listeners {
     /// were taken from it live on.
     pub fn accept(self, caps: Caps, metrics: Connections) -> Incoming {
         let (sender, receiver) = mpsc::channel(QUEUE);
+        let tls = match self.security {
+            Security::Tls(config) => Some(TlsAcceptor::from(config)),
+            Security::PlainLoopback | Security::PlainReadOnly => None,
+            Security::ClosedUntilTls => {
+                unreachable!("{} accepts before it has certificates", self.purpose)
+            }
+        };
         let acceptor = Acceptor {
             admission: Admission::new(caps),
             metrics,
-            tls: match self.security {
-                Security::Tls(config) => Some(TlsAcceptor::from(config)),
-                Security::PlainLoopback | Security::PlainReadOnly => None,
-            },
+            tls,
             purpose: self.purpose,
             sender,
         };

@@ -23,6 +23,7 @@ mod data_dir;
 mod follow;
 mod health;
 mod membership;
+mod parts;
 mod run;
 mod supervise;
 mod wal_tools;

@@ -105,6 +105,7 @@ impl RunError {
             self,
             Self::Names(_)
                 | Self::Logging(_)
+                | Self::DataDir(DataDirError::NotADirectory { .. })
                 | Self::Listen(ListenError::PlainExposed { .. })
                 | Self::Start(StartError::Timing(_))
         )

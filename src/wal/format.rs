@@ -50,6 +50,10 @@ pub const FORMAT_VERSION: u8 = 1;
 pub const RAW_BYTES_MAX: usize = 3 << 20;
 const _: () = assert!(RAW_BYTES_MAX as u64 == WAL_FRAME_BYTES_MAX);
 
+/// Indexes, segments and frames are counted from 0 or 1; at a million a second this takes 146,000 years. Numbers read from a
+/// file stay below, so that the next one always exists.
+const NUMBER_END: u64 = 1 << 62;
+
 const SLOT_MAGIC: [u8; 8] = *b"K3SWALS1";
 const FRAME_MAGIC: [u8; 4] = *b"K3WF";
 const SLOT_CRC_AT: usize = 176;
@@ -159,6 +163,18 @@ pub enum Defect {
         found: u32,
         /// Records promised.
         expected: u32,
+    },
+    /// Frames that only a segment has, in a slot whose header is an earlier one.
+    #[error("header is not that of segment {expected}, whose frames follow it")]
+    OldHeader {
+        /// The segment of the frames.
+        expected: SegmentNo,
+    },
+    /// A counter that no log ever reaches.
+    #[error("number {found}, expected less than {NUMBER_END}")]
+    Number {
+        /// As it stands there.
+        found: u64,
     },
     /// An entry that does not continue the log.
     #[error("entry {found} after {last}")]
@@ -352,13 +368,13 @@ impl SlotHeader {
         match u32_at(block, 12) {
             1 => Ok(Self::Segment(SegmentHeader {
                 identity,
-                segment: SegmentNo::new(u64_at(block, 32)),
+                segment: SegmentNo::new(number(u64_at(block, 32))?),
                 generation: u64_at(block, 40),
                 slot_bytes,
-                oldest_live: SegmentNo::new(u64_at(block, 56)),
-                first_seq: u64_at(block, 64),
+                oldest_live: SegmentNo::new(number(u64_at(block, 56))?),
+                first_seq: number(u64_at(block, 64))?,
                 chain: u32_at(block, 72),
-                state: state_at(block),
+                state: state_at(block)?,
             })),
             2 => Ok(Self::Spare { identity, slot_bytes }),
             other => Err(Defect::Kind { found: other.to_le_bytes()[0] }),
@@ -400,9 +416,9 @@ impl FrameHeader {
             raw_bytes: length_at(bytes, 12)?,
             records: u32_at(bytes, 16),
             chain: u32_at(bytes, 20),
-            seq: u64_at(bytes, 24),
+            seq: number(u64_at(bytes, 24))?,
             generation: u64_at(bytes, 32),
-            segment: SegmentNo::new(u64_at(bytes, 40)),
+            segment: SegmentNo::new(number(u64_at(bytes, 40))?),
             block: u32_at(bytes, 48),
             payload_crc: u32_at(bytes, 52),
             replaces: u16::from_le_bytes([bytes[6], bytes[7]]),
@@ -676,7 +692,7 @@ fn take<'a>(rest: &mut &'a [u8], bytes: usize) -> Result<&'a [u8], Defect> {
 }
 
 fn take_log_id(rest: &mut &[u8]) -> Result<LogId, Defect> {
-    Ok(log_id_at(take(rest, LOG_ID_BYTES)?, 0))
+    log_id_at(take(rest, LOG_ID_BYTES)?, 0)
 }
 
 /// Writes a frame's header over the first bytes of `frame`, whose payload is in place; returns the checksum
@@ -738,19 +754,19 @@ fn put_state(block: &mut [u8], state: &HardState) {
     put_u32(block, 80, flags);
 }
 
-fn state_at(block: &[u8]) -> HardState {
+fn state_at(block: &[u8]) -> Result<HardState, Defect> {
     let flags = u32_at(block, 80);
-    let id = |flag, at| (flags & flag != 0).then(|| log_id_at(block, at));
-    HardState {
+    let id = |flag, at| (flags & flag != 0).then(|| log_id_at(block, at)).transpose();
+    Ok(HardState {
         vote: (flags & HAS_VOTE != 0).then(|| Vote {
             term: Term::new(u64_at(block, 88)),
             node: NodeId::new(u64_at(block, 96)),
             committed: flags & VOTE_COMMITTED != 0,
         }),
-        committed: id(HAS_COMMITTED, 104),
-        purged: id(HAS_PURGED, 128),
-        last: id(HAS_LAST, 152),
-    }
+        committed: id(HAS_COMMITTED, 104)?,
+        purged: id(HAS_PURGED, 128)?,
+        last: id(HAS_LAST, 152)?,
+    })
 }
 
 fn put_identity(block: &mut [u8], identity: &Identity) {
@@ -764,12 +780,16 @@ fn push_log_id(out: &mut Vec<u8>, id: LogId) {
     out.extend_from_slice(&id.index.get().to_le_bytes());
 }
 
-fn log_id_at(bytes: &[u8], at: usize) -> LogId {
-    LogId {
+fn log_id_at(bytes: &[u8], at: usize) -> Result<LogId, Defect> {
+    Ok(LogId {
         term: Term::new(u64_at(bytes, at)),
         leader: NodeId::new(u64_at(bytes, at + 8)),
-        index: LogIndex::new(u64_at(bytes, at + 16)),
-    }
+        index: LogIndex::new(number(u64_at(bytes, at + 16))?),
+    })
+}
+
+const fn number(found: u64) -> Result<u64, Defect> {
+    if found < NUMBER_END { Ok(found) } else { Err(Defect::Number { found }) }
 }
 
 const fn need(bytes: &[u8], expected: usize) -> Result<(), Defect> {

@@ -31,6 +31,7 @@
 //!
 //! - Replaying is idempotent, and a crash while opening leaves a log that opens to the same state.
 //! - A slot whose header block is bad is searched for frames beyond the log's end before it is reused.
+//! - So is one whose header is an old one, where the next life would begin: a card may give back a block as it was.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -146,6 +147,9 @@ pub(super) fn replay(
         return nothing_found(survey);
     };
     let mut replay = Replay::new(dir);
+    if newest < oldest {
+        return Err(replay.missing(oldest).into());
+    }
     for number in oldest.get()..=newest.get() {
         let number = SegmentNo::new(number);
         let Some((slot, header)) = survey.segments.remove(&number) else {
@@ -157,6 +161,12 @@ pub(super) fn replay(
     replay.check_complete()?;
     for (slot, defect) in &survey.blanks {
         replay.check_blank(slot, defect)?;
+    }
+    for slot in &survey.spares {
+        replay.check_free(slot, None)?;
+    }
+    for (slot, header) in survey.segments.values() {
+        replay.check_free(slot, Some(header.generation))?;
     }
     let mut spares = survey.spares;
     let mut blanks: Vec<usize> = survey.blanks.iter().map(|(slot, _)| slot.number).collect();
@@ -258,6 +268,11 @@ fn nothing_found(survey: Survey) -> Result<Found, OpenError> {
             return Err(damage(slot, None, 0, &HardState::default(), defect.clone()).into());
         }
     }
+    for slot in &survey.spares {
+        if let Some(frame) = later_life(slot, None)? {
+            return Err(old_header(slot, &frame, &HardState::default()).into());
+        }
+    }
     Ok(Found {
         segments: BTreeMap::new(),
         spares: survey.spares,
@@ -283,6 +298,32 @@ fn damage(
         last_good: state.last,
         defect,
     }
+}
+
+/// The second frame of a life that the slot's header knows nothing of. The first proves nothing: it is written together
+/// with the header, and either may be all that got to the card. The second came after both were durable.
+fn later_life(slot: &Slot, generation: Option<u64>) -> Result<Option<FrameHeader>, OpenError> {
+    let mut buffer = Vec::new();
+    let mut frame_at = |block: u32| {
+        if slot.blocks <= block {
+            return Ok(None);
+        }
+        match slot.frame_header(block, &mut buffer) {
+            Ok(frame) => Ok(Some(frame).filter(|frame| frame.block == block)),
+            Err(ReadError::Defect(_)) => Ok(None),
+            Err(ReadError::Io(error)) => Err(OpenError::io("read", &slot.path)(error)),
+        }
+    };
+    let Some(first) = frame_at(1)?.filter(|first| generation != Some(first.generation)) else {
+        return Ok(None);
+    };
+    let second = frame_at(first.blocks().saturating_add(1))?;
+    Ok(second.filter(|second| second.generation == first.generation && second.chain == first.crc))
+}
+
+fn old_header(slot: &Slot, frame: &FrameHeader, state: &HardState) -> Damage {
+    let defect = Defect::OldHeader { expected: frame.segment };
+    damage(slot, Some(frame.segment), 0, state, defect)
 }
 
 /// Follows the chain of frames through the segments.
@@ -563,6 +604,16 @@ impl<'a> Replay<'a> {
                 Err(damage(slot, Some(frame.segment), 0, state, defect.clone()).into())
             }
             None => Ok(()),
+        }
+    }
+
+    /// A slot that is free by its header must not hold what comes after the log's end.
+    fn check_free(&self, slot: &Slot, generation: Option<u64>) -> Result<(), OpenError> {
+        match later_life(slot, generation)? {
+            Some(frame) if self.position.seq < frame.seq => {
+                Err(old_header(slot, &frame, &self.position.state).into())
+            }
+            Some(_) | None => Ok(()),
         }
     }
 

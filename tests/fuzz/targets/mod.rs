@@ -19,7 +19,7 @@ mod wal_tools;
 pub struct Target {
     /// Also the name of its directory in `fuzz/corpus`.
     pub name: &'static str,
-    /// How many inputs `cargo test` tries: about a second's worth.
+    /// How many inputs `cargo test` tries: a second's worth at most.
     pub inputs: usize,
     /// Valid inputs, made by code so that they follow the format.
     pub seeds: fn() -> Vec<Vec<u8>>,
@@ -33,42 +33,42 @@ pub struct Target {
 pub const ALL: &[Target] = &[
     Target {
         name: "bolt",
-        inputs: 4_000,
+        inputs: 20_000,
         seeds: bolt::seeds,
         dictionary: &[b"key", b"meta", &[0xed, 0xda, 0x0c, 0xed]],
         run: bolt::run,
     },
     Target {
         name: "command",
-        inputs: 50_000,
+        inputs: 100_000,
         seeds: requests::command_seeds,
         dictionary: &[&[1, 1, 0], &[1, 3, 0], &[1, 3, 1]],
         run: requests::run_command,
     },
     Target {
         name: "config",
-        inputs: 4_000,
+        inputs: 1_000,
         seeds: config::seeds,
         dictionary: config::DICTIONARY,
         run: config::run,
     },
     Target {
         name: "flags",
-        inputs: 50_000,
+        inputs: 20_000,
         seeds: flags::seeds,
         dictionary: &[&[2, 0, 0, 0], &[1, 1], &[4, 10, 43, 0, 0, 16]],
         run: flags::run,
     },
     Target {
         name: "identity",
-        inputs: 20_000,
+        inputs: 50_000,
         seeds: identity::seeds,
         dictionary: identity::DICTIONARY,
         run: identity::run,
     },
     Target {
         name: "pki",
-        inputs: 1_000,
+        inputs: 3_000,
         seeds: pki::seeds,
         dictionary: pki::DICTIONARY,
         run: pki::run,
@@ -82,28 +82,28 @@ pub const ALL: &[Target] = &[
     },
     Target {
         name: "snapshot",
-        inputs: 400,
+        inputs: 600,
         seeds: snapshot::seeds,
         dictionary: &[b"head", b"format", b"membership", b"alarm"],
         run: snapshot::run,
     },
     Target {
         name: "wal",
-        inputs: 2_000,
+        inputs: 600,
         seeds: wal::seeds,
         dictionary: wal::DICTIONARY,
         run: wal::run,
     },
     Target {
         name: "wal_frame",
-        inputs: 100_000,
+        inputs: 50_000,
         seeds: wal::frame_seeds,
         dictionary: wal::DICTIONARY,
         run: wal::run_frame,
     },
     Target {
         name: "wal_tools",
-        inputs: 150,
+        inputs: 30,
         seeds: wal_tools::seeds,
         dictionary: wal::DICTIONARY,
         run: wal_tools::run,

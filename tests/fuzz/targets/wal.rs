@@ -2,6 +2,7 @@
 //!
 //! An input of the target `wal` is a directory: blocks of slots that are not all zeros, and where they stand.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -187,8 +188,9 @@ pub fn seeds() -> Vec<Vec<u8>> {
 // --- the whole log ----------------------------------------------------------------------------------------------
 
 /// Looking never changes anything. Damage is refused and left alone. What opens shows what was seen before, and opens
-/// to the same again.
+/// to the same again. A log whose checksums were put right over nonsense may also answer with an error later.
 pub fn run(input: &[u8]) {
+    let believable = input.first().is_none_or(|mode| mode & RIGHT_CHECKSUMS == 0);
     let before = unpack(input, SLOT_BYTES / BLOCK);
     let disk = MemoryDisk::of(&before);
     let report = inspect::verify(&disk, Path::new(DIR));
@@ -204,16 +206,20 @@ pub fn run(input: &[u8]) {
             let report = report.expect("what opens can be looked at");
             assert!(report.damage.is_none(), "opened in spite of {:?}", report.damage);
             assert_eq!(report.state.last, first.state.last);
-            assert_eq!(seen.expect("what opens can be dumped"), first.entries);
             let second = wait(opened(&disk)).expect("what opened once opens again");
-            assert_eq!((first.state, first.entries), (second.state, second.entries));
+            assert_eq!(first.state, second.state);
+            if believable || first.entries.is_ok() {
+                let entries = first.entries.expect("entries of a log that opened");
+                assert_eq!(seen.expect("what opens can be dumped"), entries);
+                assert_eq!(second.entries.expect("entries of a log that opened"), entries);
+            }
         }
     }
 }
 
 struct Log {
     state: k3s_server::wal::HardState,
-    entries: Vec<Entry>,
+    entries: io::Result<Vec<Entry>>,
 }
 
 async fn opened(disk: &MemoryDisk) -> Result<Log, OpenError> {
@@ -221,7 +227,7 @@ async fn opened(disk: &MemoryDisk) -> Result<Log, OpenError> {
     drop(writer);
     let state = wal.hard_state();
     let all = LogIndex::new(0)..LogIndex::new(u64::MAX);
-    let entries = wal.entries(all, u64::MAX).expect("entries of a log that opened");
+    let entries = wal.entries(all, u64::MAX);
     Ok(Log { state, entries })
 }
 

@@ -1,0 +1,421 @@
+//! A data directory that is missing, in use, not ours, not readable, or not what it was: the server says what it found,
+//! what it expected and what to do; ends with the right status; and leaves everything as it was.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{self, Signal};
+use nix::unistd::{Pid, Uid};
+use tempfile::TempDir;
+
+use crate::support::ours;
+use crate::support::process::free_ports;
+
+const FAILED: i32 = 1;
+const CONFIGURATION: i32 = 78;
+
+/// Longest time until a server ends or serves, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Nobody.
+const STRANGER: u32 = 65_534;
+
+/// How a start ended.
+struct Ended {
+    /// `None` if it served, and was stopped.
+    status: Option<i32>,
+    printed: String,
+}
+
+/// A start of the server on a directory.
+struct Start<'a> {
+    db_dir: &'a Path,
+    ports: [u16; 3],
+    user: Option<u32>,
+}
+
+impl<'a> Start<'a> {
+    fn on(db_dir: &'a Path) -> Self {
+        Self { db_dir, ports: free_ports(), user: None }
+    }
+
+    fn command(&self, log: &Path) -> Command {
+        let [client, peer, metrics] = self.ports;
+        let mut command = ours::program();
+        command
+            .arg("server")
+            .arg("--db-dir")
+            .arg(self.db_dir)
+            .args(["--client-listen", &format!("127.0.0.1:{client}")])
+            .args(["--peer-listen", &format!("127.0.0.1:{peer}")])
+            .args(["--metrics-listen", &format!("127.0.0.1:{metrics}")])
+            .stdin(Stdio::null())
+            .stdout(fs::File::create(log).unwrap())
+            .stderr(fs::File::options().append(true).open(log).unwrap());
+        if let Some(user) = self.user {
+            command.uid(user).gid(user);
+        }
+        command
+    }
+
+    /// Waits until it ends, or stops it once it serves.
+    fn run(&self) -> Ended {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        let mut child = self.command(&log).spawn().unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        let mut served = false;
+        loop {
+            let printed = || fs::read_to_string(&log).unwrap();
+            if let Some(status) = child.try_wait().unwrap() {
+                let printed = printed();
+                assert!(!printed.contains("panicked"), "{printed}");
+                if served {
+                    assert_eq!(status.code(), Some(0), "{printed}");
+                    return Ended { status: None, printed };
+                }
+                return Ended { status: Some(status.code().expect("an exit code")), printed };
+            }
+            if !served && printed().contains("ready, serving") {
+                served = true;
+                let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+                signal::kill(pid, Signal::SIGTERM).unwrap();
+            }
+            if deadline < Instant::now() {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                panic!("neither ended nor served: {}", printed());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// A copy of a directory on which a server has served and was stopped.
+fn used() -> TempDir {
+    static USED: OnceLock<TempDir> = OnceLock::new();
+    let used = USED.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        for _ in 0..2 {
+            let first = Start::on(&dir.path().join("db")).run();
+            assert_eq!(first.status, None, "{}", first.printed);
+        }
+        dir
+    });
+    let copy = tempfile::tempdir().unwrap();
+    // Sparse, and with modes as they are.
+    let mut cp = Command::new("cp");
+    let cp = cp.args(["-a", "--sparse=always"]).arg(used.path().join("db")).arg(copy.path());
+    assert!(cp.status().unwrap().success());
+    copy
+}
+
+/// Every file below a directory, and what is in it. The lock is left out: its content means nothing.
+fn contents(dir: &Path) -> Vec<(PathBuf, u32, Vec<u8>)> {
+    let mut found = Vec::new();
+    let Ok(entries) = dir.read_dir() else { return found };
+    for entry in entries {
+        let path = entry.unwrap().path();
+        let mode = fs::symlink_metadata(&path).unwrap().permissions().mode();
+        if path.is_dir() {
+            found.extend(contents(&path));
+            found.push((path, mode, Vec::new()));
+        } else if !path.ends_with("lock") {
+            let bytes = fs::read(&path).unwrap();
+            found.push((path, mode, bytes));
+        }
+    }
+    found.sort();
+    found
+}
+
+/// The start is refused with these words, a remedy and this status, and nothing is changed.
+fn refused(start: &Start<'_>, status: i32, words: &[&str]) {
+    let before = contents(start.db_dir);
+    let ended = start.run();
+    let printed = &ended.printed;
+    assert_eq!(ended.status, Some(status), "{printed}");
+    for word in words {
+        assert!(printed.contains(word), "expected {word:?} in:\n{printed}");
+    }
+    assert!(printed.contains("fix: "), "no remedy in:\n{printed}");
+    let after = contents(start.db_dir);
+    let names = |all: &[(PathBuf, u32, Vec<u8>)]| -> Vec<PathBuf> {
+        all.iter().map(|(path, ..)| path.clone()).collect()
+    };
+    assert_eq!(names(&after), names(&before), "after:\n{printed}");
+    for (before, after) in before.iter().zip(&after) {
+        assert!(before == after, "{} was changed:\n{printed}", before.0.display());
+    }
+}
+
+/// Damages a used directory, expects a refusal that names the file, and a start again after it is put back.
+fn refused_when(damage: impl FnOnce(&Path), words: &[&str]) {
+    let dir = used();
+    let db = dir.path().join("db");
+    damage(&db);
+    refused(&Start::on(&db), FAILED, words);
+}
+
+/// Damages a used directory in a way that does no harm.
+fn served_when(damage: impl FnOnce(&Path)) {
+    let dir = used();
+    let db = dir.path().join("db");
+    damage(&db);
+    let ended = Start::on(&db).run();
+    assert_eq!(ended.status, None, "{}", ended.printed);
+}
+
+fn garble(path: &Path, from: usize, bytes: usize) {
+    let mut content = fs::read(path).unwrap();
+    let end = (from + bytes).min(content.len());
+    for (at, byte) in content[from..end].iter_mut().enumerate() {
+        *byte = (at * 167 % 251) as u8;
+    }
+    fs::write(path, content).unwrap();
+}
+
+fn truncate(path: &Path, bytes: u64) {
+    fs::File::options().write(true).open(path).unwrap().set_len(bytes).unwrap();
+}
+
+#[test]
+fn db_dir_that_is_a_file_is_a_mistake_in_the_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "precious").unwrap();
+
+    refused(&Start::on(&file), CONFIGURATION, &["is a file, expected a directory"]);
+    refused(&Start::on(&file.join("below")), CONFIGURATION, &["is a file, expected a directory"]);
+
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+}
+
+#[test]
+fn db_dir_that_cannot_be_made_or_entered_is_named() {
+    let nowhere = Path::new("/proc/k3s-server/db");
+    refused(&Start::on(nowhere), FAILED, &["cannot use the data directory /proc/k3s-server/db"]);
+}
+
+#[test]
+fn one_directory_serves_one_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let db = dir.path().join("db");
+    let log = dir.path().join("first.log");
+    let first = Start::on(&db);
+    let mut holder = first.command(&log).spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !fs::read_to_string(&log).unwrap().contains("ready, serving") {
+        assert!(Instant::now() < deadline, "the first server does not serve");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+
+    // Log and state are in use, so only the outcome is looked at here.
+    let second = Start::on(&db).run();
+    let (other, third) = (dir.path().join("other"), dir.path().join("third"));
+    let same_ports = Start { ports: first.ports, ..Start::on(&other) }.run();
+    let [_, peer, metrics] = free_ports();
+    let same_client_port =
+        Start { ports: [first.ports[0], peer, metrics], ..Start::on(&third) }.run();
+
+    assert_eq!(second.status, Some(FAILED), "{}", second.printed);
+    assert!(second.printed.contains("in use by another process"), "{}", second.printed);
+    for taken in [same_ports, same_client_port] {
+        assert_eq!(taken.status, Some(FAILED), "{}", taken.printed);
+        assert!(taken.printed.contains("the port is in use by `k3s-server`"), "{}", taken.printed);
+        assert!(taken.printed.contains("fix: stop the process"), "{}", taken.printed);
+    }
+    assert!(!other.exists() && !third.exists(), "a directory was made for nothing");
+    assert!(holder.try_wait().unwrap().is_none(), "the first server is gone");
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+}
+
+#[test]
+fn a_directory_of_another_user_is_named_and_left_alone() {
+    if !Uid::effective().is_root() {
+        crate::support::skip("another user needs root");
+        return;
+    }
+    let dir = used();
+    let db = dir.path().join("db");
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let start = Start { user: Some(STRANGER), ..Start::on(&db) };
+    refused(&start, FAILED, &["cannot use the data directory", "Permission denied"]);
+
+    // The directory is his, a file in it is not.
+    for (file, words) in [
+        ("node.json", "node.json"),
+        ("state.redb", "state.redb"),
+        ("wal/slot-00.wal", "slot-00.wal"),
+        ("tls/server.key", "tls/server.key"),
+    ] {
+        let dir = used();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let db = dir.path().join("db");
+        let owner = format!("{STRANGER}:{STRANGER}");
+        assert!(Command::new("chown").arg("-R").arg(owner).arg(&db).status().unwrap().success());
+        assert!(Command::new("chown").arg("0:0").arg(db.join(file)).status().unwrap().success());
+        let start = Start { user: Some(STRANGER), ..Start::on(&db) };
+        refused(&start, FAILED, &[words, "Permission denied"]);
+    }
+}
+
+#[test]
+fn damaged_identity_is_named() {
+    let file = |db: &Path| db.join("node.json");
+    refused_when(
+        |db| fs::write(file(db), "garbage").unwrap(),
+        &["node.json is not a node identity"],
+    );
+    refused_when(|db| truncate(&file(db), 0), &["node.json is not a node identity"]);
+    refused_when(|db| truncate(&file(db), 1 << 20), &["node.json is not a node identity"]);
+    refused_when(
+        |db| fs::remove_file(file(db)).unwrap(),
+        &["no node.json, which says whose it is"],
+    );
+    refused_when(
+        |db| {
+            let text = fs::read_to_string(file(db)).unwrap();
+            fs::write(file(db), text.replace("\"format\": 1", "\"format\": 2")).unwrap();
+        },
+        &["node.json has format 2, this release reads 1"],
+    );
+    let other = used_by_another();
+    refused_when(
+        |db| drop(fs::copy(other.path().join("db/node.json"), file(db)).unwrap()),
+        &["belong", "expected"],
+    );
+}
+
+/// A directory of another cluster.
+fn used_by_another() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let ended = Start::on(&dir.path().join("db")).run();
+    assert_eq!(ended.status, None, "{}", ended.printed);
+    dir
+}
+
+#[test]
+fn damaged_state_is_named() {
+    let file = |db: &Path| db.join("state.redb");
+    refused_when(|db| garble(&file(db), 0, 4_096), &["state.redb", "damaged"]);
+    refused_when(|db| truncate(&file(db), 5_000), &["state.redb", "expected a multiple of 4096"]);
+    refused_when(|db| truncate(&file(db), 8_192), &["state.redb", "expected"]);
+    refused_when(|db| truncate(&file(db), 0), &["state.redb", "expected"]);
+    let other = used_by_another();
+    refused_when(
+        |db| {
+            for name in ["state.redb", "state.redb.crc.0", "state.redb.crc.1"] {
+                drop(fs::remove_file(db.join(name)));
+                let from = other.path().join("db").join(name);
+                if from.exists() {
+                    fs::copy(from, db.join(name)).unwrap();
+                }
+            }
+        },
+        &["the state is of cluster"],
+    );
+}
+
+/// The checksums are made again from a state that passes its own checks, and without the state, from the whole log.
+#[test]
+fn what_can_be_made_again_is() {
+    let table = |db: &Path| {
+        let tables = ["state.redb.crc.0", "state.redb.crc.1"].map(|name| db.join(name));
+        tables.into_iter().find(|path| path.exists()).unwrap()
+    };
+    served_when(|db| garble(&table(db), 0, 8_192));
+    served_when(|db| truncate(&table(db), 100));
+    served_when(|db| fs::remove_file(table(db)).unwrap());
+    served_when(|db| {
+        for name in ["state.redb", "state.redb.crc.0", "state.redb.crc.1"] {
+            drop(fs::remove_file(db.join(name)));
+        }
+    });
+    served_when(|db| fs::remove_file(db.join("lock")).unwrap());
+    // The authority's key may be kept elsewhere; nothing has to be signed now.
+    served_when(|db| fs::remove_file(db.join("tls/ca.key")).unwrap());
+    served_when(|db| fs::write(db.join("tls/server.crt.tmp"), "half").unwrap());
+}
+
+#[test]
+fn damaged_log_is_named() {
+    let slot = |db: &Path| db.join("wal/slot-00.wal");
+    refused_when(|db| garble(&slot(db), 0, 4_096), &["slot-00.wal is damaged at byte 0"]);
+    refused_when(|db| garble(&slot(db), 4_096, 4_096), &["slot-00.wal is damaged at byte 4096"]);
+    refused_when(|db| truncate(&slot(db), 10_000), &["slot-00.wal is damaged", "expected 8388608"]);
+    refused_when(|db| fs::remove_file(slot(db)).unwrap(), &["do not belong together", "the log"]);
+    refused_when(
+        |db| fs::remove_dir_all(db.join("wal")).unwrap(),
+        &["do not belong together", "there is no log, but the state has applied"],
+    );
+    refused_when(
+        |db| {
+            fs::remove_dir_all(db.join("wal")).unwrap();
+            fs::write(db.join("wal"), "").unwrap();
+        },
+        &["wal is a file, expected a directory"],
+    );
+    let other = used_by_another();
+    refused_when(
+        |db| drop(fs::copy(other.path().join("db/wal/slot-00.wal"), slot(db)).unwrap()),
+        &["slot-00.wal belongs to node", "expected node"],
+    );
+}
+
+/// A card may give a block back as it was before. An old header hides a segment.
+#[test]
+fn a_log_whose_header_went_back_in_time_is_not_taken_for_empty() {
+    refused_when(
+        |db| {
+            let spare = db.join("wal/slot-01.wal");
+            let header = fs::read(spare).unwrap()[..4_096].to_vec();
+            let slot = db.join("wal/slot-00.wal");
+            let mut content = fs::read(&slot).unwrap();
+            content[..4_096].copy_from_slice(&header);
+            fs::write(slot, content).unwrap();
+        },
+        &["slot-00.wal is damaged at byte 0", "header is not that of segment 1"],
+    );
+}
+
+#[test]
+fn damaged_certificates_are_named() {
+    let tls = |db: &Path, name: &str| db.join("tls").join(name);
+    for name in ["ca.crt", "server.crt", "client.crt"] {
+        let path = format!("tls/{name}");
+        refused_when(|db| fs::write(tls(db, name), "x").unwrap(), &[&path, "damaged"]);
+        refused_when(|db| truncate(&tls(db, name), 0), &[&path, "damaged"]);
+        refused_when(|db| truncate(&tls(db, name), 1 << 20), &[&path, "found 1048576 bytes"]);
+        refused_when(|db| garble(&tls(db, name), 100, 40), &[&path, "damaged"]);
+    }
+    for name in ["ca.key", "server.key", "peer.key"] {
+        let path = format!("tls/{name}");
+        refused_when(|db| fs::write(tls(db, name), "x").unwrap(), &[&path, "damaged"]);
+        let open = fs::Permissions::from_mode(0o644);
+        refused_when(
+            |db| fs::set_permissions(tls(db, name), open).unwrap(),
+            &[&path, "found mode 0644, expected 0600"],
+        );
+    }
+    refused_when(|db| fs::remove_file(tls(db, "ca.crt")).unwrap(), &["tls/ca.crt is missing"]);
+    refused_when(
+        |db| drop(fs::copy(tls(db, "peer.key"), tls(db, "server.key")).unwrap()),
+        &["tls/server.crt does not belong to", "tls/server.key"],
+    );
+    refused_when(
+        |db| {
+            for kind in ["crt", "key"] {
+                let name = |role: &str| format!("{role}.{kind}");
+                fs::copy(tls(db, &name("peer")), tls(db, &name("server"))).unwrap();
+            }
+        },
+        &["tls/server.crt names the wrong owner"],
+    );
+}
