@@ -41,8 +41,9 @@ pub(super) async fn gate(State(api): State<Api>, request: Request, next: Next) -
     if let Err(error) = admit(&api, request.uri().path(), request.headers()) {
         return Status::from(error).into_http::<tonic::body::Body>().into_response();
     }
+    let path = request.uri().path().to_owned();
     let mut response = next.run(request).await;
-    word_as_etcd(response.headers_mut());
+    word_as_etcd(response.headers_mut(), &path);
     response
 }
 
@@ -85,15 +86,55 @@ pub(super) async fn leader_lost(api: &Api) {
     }
 }
 
-/// grpc-go, and so etcd, answers a message above the limit with another code and text than our library.
-fn word_as_etcd(headers: &mut HeaderMap) {
+/// What our library says of a call before a service sees it, in the words of grpc-go, and so of etcd.
+fn word_as_etcd(headers: &mut HeaderMap, path: &str) {
     let Some(status) = Status::from_header_map(headers) else { return };
-    if let Some(worded) = too_large(&status) {
+    let worded =
+        too_large(&status).or_else(|| unreadable(&status, path)).or_else(|| unknown(&status, path));
+    if let Some(worded) = worded {
         let mut replaced = HeaderMap::new();
         if worded.add_header(&mut replaced).is_ok() {
             headers.extend(replaced);
         }
     }
+}
+
+/// The status for a message that is not one, if that is what this one says. Only transactions can be nested deeper
+/// than is decoded, and how deep they may be is counted in operations.
+fn unreadable(status: &Status, path: &str) -> Option<Status> {
+    const TXN: &str = "/etcdserverpb.KV/Txn";
+    if status.code() != Code::Internal {
+        return None;
+    }
+    let what = status.message().strip_prefix("failed to decode Protobuf message: ")?;
+    if path == TXN && what.ends_with("recursion limit reached") {
+        return Some(EtcdError::TooManyOps.into());
+    }
+    Some(Status::internal(format!("grpc: error unmarshalling request: {what}")))
+}
+
+/// The status for a method that nobody has, if that is what this one says: then it says no more.
+fn unknown(status: &Status, path: &str) -> Option<Status> {
+    const OURS: [&str; 8] = [
+        "etcdserverpb.KV",
+        "etcdserverpb.Watch",
+        "etcdserverpb.Lease",
+        "etcdserverpb.Cluster",
+        "etcdserverpb.Maintenance",
+        "etcdserverpb.Auth",
+        "v3lockpb.Lock",
+        "v3electionpb.Election",
+    ];
+    if status.code() != Code::Unimplemented || !status.message().is_empty() {
+        return None;
+    }
+    let (service, method) = path.strip_prefix('/')?.rsplit_once('/')?;
+    let text = if OURS.contains(&service) {
+        format!("unknown method {method} for service {service}")
+    } else {
+        format!("unknown service {service}")
+    };
+    Some(Status::unimplemented(text))
 }
 
 /// The status for a message above the limit, if that is what this one says.
@@ -119,7 +160,7 @@ mod tests {
         );
         let mut headers = HeaderMap::new();
         ours.add_header(&mut headers).unwrap();
-        word_as_etcd(&mut headers);
+        word_as_etcd(&mut headers, "/etcdserverpb.KV/Put");
         let worded = Status::from_header_map(&headers).unwrap();
         assert_eq!(worded.code(), Code::ResourceExhausted);
         assert_eq!(
@@ -129,13 +170,45 @@ mod tests {
     }
 
     #[test]
+    fn message_that_is_none_is_refused_in_grpc_gos_words() {
+        let said =
+            Status::internal("failed to decode Protobuf message: PutRequest.key: buffer underflow");
+        let worded = unreadable(&said, "/etcdserverpb.KV/Put").unwrap();
+        assert_eq!(worded.code(), Code::Internal);
+        assert_eq!(
+            worded.message(),
+            "grpc: error unmarshalling request: PutRequest.key: buffer underflow"
+        );
+        assert!(unreadable(&Status::internal("etcdserver: x"), "/etcdserverpb.KV/Put").is_none());
+    }
+
+    #[test]
+    fn transaction_nested_too_deep_to_decode_has_too_many_operations() {
+        let said = Status::internal(
+            "failed to decode Protobuf message: TxnRequest.success: recursion limit reached",
+        );
+        let worded = unreadable(&said, "/etcdserverpb.KV/Txn").unwrap();
+        assert_eq!(worded.code(), Code::InvalidArgument);
+        assert_eq!(worded.message(), "etcdserver: too many operations in txn request");
+    }
+
+    #[test]
+    fn methods_nobody_has_are_named() {
+        let text = |path| unknown(&Status::unimplemented(""), path).unwrap().message().to_owned();
+        assert_eq!(text("/etcdserverpb.KV/No"), "unknown method No for service etcdserverpb.KV");
+        assert_eq!(text("/x.Y/No"), "unknown service x.Y");
+        let said = Status::unimplemented("range stream: custom sort");
+        assert!(unknown(&said, "/etcdserverpb.KV/RangeStream").is_none());
+    }
+
+    #[test]
     fn other_statuses_pass_unchanged() {
         let compacted = Status::from(EtcdError::Compacted);
         assert!(too_large(&compacted).is_none());
         let mut headers = HeaderMap::new();
         compacted.add_header(&mut headers).unwrap();
         let before = headers.clone();
-        word_as_etcd(&mut headers);
+        word_as_etcd(&mut headers, "/etcdserverpb.KV/Put");
         assert_eq!(headers, before);
     }
 }

@@ -482,6 +482,10 @@ fn status_of(
     let role = match metrics.state {
         ServerState::Leader => Role::Leader,
         ServerState::Candidate => Role::Candidate,
+        // What openraft says of every node before it has looked into its log.
+        ServerState::Learner if metrics.membership_config.voter_ids().next().is_none() => {
+            Role::Follower
+        }
         ServerState::Learner => Role::Learner,
         ServerState::Follower | ServerState::Shutdown => Role::Follower,
     };

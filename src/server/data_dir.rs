@@ -160,18 +160,17 @@ impl DataDir {
         let options =
             mvcc::Options { cache_bytes: limits::STATE_CACHE_BYTES, drain: DrainOn::Thread };
         let store = Store::open(env, &path.join(STATE_FILE), &options)?;
-        let applied = parts::adopt(env, path, &store, identity)?;
+        parts::check(env, path, &store, identity)?;
         let owner = wal::Identity { cluster: identity.cluster, node: identity.node };
         let options = wal::Options { linger, ..wal::Options::default() };
         let (wal, recovery, writer) = Wal::open(env, &wal_dir(path), owner, options).await?;
-        parts::compare(path, applied, &wal, parts::is_alone(&store, identity)?)?;
         writer.spawn_thread().map_err(|source| directory_error(path, source))?;
         let path = path.to_owned();
         Ok(Self { path, identity, created, space, store, wal, recovery, lock })
     }
 }
 
-pub(super) fn directory_error(path: &Path, source: io::Error) -> DataDirError {
+fn directory_error(path: &Path, source: io::Error) -> DataDirError {
     let path = path.display().to_string();
     if matches!(source.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory) {
         return DataDirError::NotADirectory { path };

@@ -7,18 +7,20 @@
 //!
 //! - The log is durable before the state is ([`crate::raft`] flushes it before a checkpoint), so it never ends earlier.
 //! - The log forgets only what the state has durably, so the state never ends before the log begins.
+//! - A refusal has written nothing: with the lost part put back, the node starts. The log is read once more for that, from
+//!   the page cache.
 
 use std::path::Path;
 
 use thiserror::Error;
 
-use super::data_dir::{DataDirError, directory_error, wal_dir};
+use super::data_dir::{DataDirError, wal_dir};
 use crate::env::Env;
 use crate::join::Identity;
-use crate::mvcc::{Store, StoreError};
+use crate::mvcc::{ReadTxn, Store};
 use crate::raft;
 use crate::types::{ClusterId, LogId};
-use crate::wal::{HardState, Wal};
+use crate::wal::{HardState, inspect};
 
 /// How the parts of a data directory contradict each other.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -63,22 +65,28 @@ fn mismatch(path: &Path, mismatch: Mismatch) -> DataDirError {
     DataDirError::Mismatch { path: path.display().to_string(), mismatch }
 }
 
-/// Gives a new state its cluster, or checks that an old one has it; and that there is a log if there should be, before one
-/// is made. Returns the last entry that the state has.
-pub(super) fn adopt(
+/// Refuses parts that do not belong together, before anything is written; gives a new state its cluster.
+pub(super) fn check(
     env: &Env,
     path: &Path,
     store: &Store,
     identity: Identity,
-) -> Result<Option<LogId>, DataDirError> {
+) -> Result<(), DataDirError> {
     let view = store.read()?;
     let (found, expected) = (view.cluster_id(), identity.cluster);
     if let Some(found) = found.filter(|found| *found != expected) {
         return Err(mismatch(path, Mismatch::Cluster { found, expected }));
     }
-    if let Some(applied) = view.applied()
-        && !has_log(env, path)?
-    {
+    let applied = view.applied();
+    if has_log(env, path)? {
+        // What cannot be read is told, with all details, by the opening that follows.
+        if let Ok(log) = inspect::verify(&*env.disk, &wal_dir(path))
+            && log.damage.is_none()
+            && let Some(found) = contradiction(applied, &log.state, is_alone(&view, identity))
+        {
+            return Err(mismatch(path, found));
+        }
+    } else if let Some(applied) = applied {
         return Err(mismatch(path, Mismatch::LogMissing { applied }));
     }
     if found.is_none() {
@@ -87,35 +95,25 @@ pub(super) fn adopt(
             Ok(())
         })?;
     }
-    Ok(view.applied())
+    Ok(())
 }
 
 /// Whether there is a log, in whatever condition.
 fn has_log(env: &Env, path: &Path) -> Result<bool, DataDirError> {
     let dir = wal_dir(path);
-    if !env.disk.exists(&dir).map_err(|source| directory_error(&dir, source))? {
+    let failed = |source| DataDirError::Directory { path: dir.display().to_string(), source };
+    if !env.disk.exists(&dir).map_err(failed)? {
         return Ok(false);
     }
-    let files = env.disk.list(&dir).map_err(|source| directory_error(&dir, source))?;
+    let files = env.disk.list(&dir).map_err(failed)?;
     Ok(files.iter().any(|file| file.extension().is_some_and(|extension| extension == "wal")))
 }
 
 /// Whether this node is the only voter, as far as the state knows.
-pub(super) fn is_alone(store: &Store, identity: Identity) -> Result<bool, StoreError> {
+fn is_alone(view: &ReadTxn, identity: Identity) -> bool {
     // A membership that cannot be read is reported by Raft, which needs it.
-    let voters = raft::inspect::voters(&store.read()?).unwrap_or_default();
-    Ok(voters.len() == 1 && voters.contains(&identity.node))
-}
-
-/// Refuses a log and a state that cannot be two halves of one node.
-pub(super) fn compare(
-    path: &Path,
-    applied: Option<LogId>,
-    wal: &Wal,
-    alone: bool,
-) -> Result<(), DataDirError> {
-    contradiction(applied, &wal.hard_state(), alone)
-        .map_or(Ok(()), |found| Err(mismatch(path, found)))
+    let voters = raft::inspect::voters(view).unwrap_or_default();
+    voters.len() == 1 && voters.contains(&identity.node)
 }
 
 /// With other voters, a snapshot may have come from them and the log's own end with it got lost in a crash.

@@ -1,7 +1,9 @@
 //! A data directory that is missing, in use, not ours, not readable, or not what it was: the server says what it found,
 //! what it expected and what to do; ends with the right status; and leaves everything as it was.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -9,12 +11,16 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use k3s_server::proto::etcdserverpb as pb;
 use nix::sys::signal::{self, Signal};
 use nix::unistd::{Pid, Uid};
+use prost::Message;
 use tempfile::TempDir;
 
-use crate::support::ours;
+use crate::client;
 use crate::support::process::free_ports;
+use crate::support::{Endpoint, TlsFiles, ours};
 
 const FAILED: i32 = 1;
 const CONFIGURATION: i32 = 78;
@@ -32,16 +38,20 @@ struct Ended {
     printed: String,
 }
 
+/// What to do with a server that serves, before it is stopped.
+type WhileServing<'a> = &'a dyn Fn(&Endpoint);
+
 /// A start of the server on a directory.
 struct Start<'a> {
     db_dir: &'a Path,
     ports: [u16; 3],
     user: Option<u32>,
+    serving: WhileServing<'a>,
 }
 
 impl<'a> Start<'a> {
     fn on(db_dir: &'a Path) -> Self {
-        Self { db_dir, ports: free_ports(), user: None }
+        Self { db_dir, ports: free_ports(), user: None, serving: &|_| () }
     }
 
     fn command(&self, log: &Path) -> Command {
@@ -61,6 +71,14 @@ impl<'a> Start<'a> {
             command.uid(user).gid(user);
         }
         command
+    }
+
+    fn endpoint(&self) -> Endpoint {
+        let tls = self.db_dir.join("tls");
+        let [client, _, metrics] = self.ports.map(|port| format!("127.0.0.1:{port}"));
+        let (ca, certificate) = (tls.join("ca.crt"), tls.join("client.crt"));
+        let tls = TlsFiles { ca, certificate, key: tls.join("client.key") };
+        Endpoint { address: client, metrics_address: metrics, tls: Some(tls) }
     }
 
     /// Waits until it ends, or stops it once it serves.
@@ -83,6 +101,7 @@ impl<'a> Start<'a> {
             }
             if !served && printed().contains("ready, serving") {
                 served = true;
+                (self.serving)(&self.endpoint());
                 let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
                 signal::kill(pid, Signal::SIGTERM).unwrap();
             }
@@ -96,26 +115,87 @@ impl<'a> Start<'a> {
     }
 }
 
-/// A copy of a directory on which a server has served and was stopped.
-fn used() -> TempDir {
-    static USED: OnceLock<TempDir> = OnceLock::new();
-    let used = USED.get_or_init(|| {
-        let dir = tempfile::tempdir().unwrap();
-        for _ in 0..2 {
-            let first = Start::on(&dir.path().join("db")).run();
-            assert_eq!(first.status, None, "{}", first.printed);
-        }
+/// Calls the server as a client would.
+fn call(endpoint: &Endpoint, path: &str, message: &impl Message) -> Bytes {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let channel = client::channel(endpoint).await.unwrap();
+        client::call(&channel, path, message.encode_to_vec().into()).await.unwrap()
+    })
+}
+
+fn write(endpoint: &Endpoint) {
+    for key in KEYS {
+        let key = Bytes::from_static(key.as_bytes());
+        let put = pb::PutRequest { value: key.clone(), key, ..Default::default() };
+        call(endpoint, "/etcdserverpb.KV/Put", &put);
+    }
+}
+
+/// Everything that was acknowledged is there.
+fn read(endpoint: &Endpoint) {
+    for key in KEYS {
+        let key = Bytes::from_static(key.as_bytes());
+        let get = pb::RangeRequest { key: key.clone(), ..Default::default() };
+        let found = call(endpoint, "/etcdserverpb.KV/Range", &get);
+        let found = pb::RangeResponse::decode(found).unwrap();
+        assert!(found.kvs.len() == 1 && found.kvs[0].value == key, "lost {key:?}");
+    }
+}
+
+const KEYS: [&str; 3] = ["first", "second", "third"];
+
+/// A directory on which a server has served, kept three writes and was stopped.
+fn pristine() -> &'static Path {
+    static USED: OnceLock<PathBuf> = OnceLock::new();
+    USED.get_or_init(|| {
+        // Kept for all tests; the system's temporary directory is where it belongs.
+        let dir = tempfile::tempdir().unwrap().keep().join("db");
+        let wal = dir.join("wal");
+        let first = Start { serving: &write, ..Start::on(&dir) }.run();
+        assert_eq!(first.status, None, "{}", first.printed);
+        // The second start reads what the first one wrote, and goes on until a spare slot is filled.
+        let wait_for_spare = |endpoint: &Endpoint| {
+            read(endpoint);
+            let deadline = Instant::now() + PATIENCE;
+            while spare_header(&wal).is_none() {
+                assert!(Instant::now() < deadline, "no slot is filled ahead");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        };
+        let second = Start { serving: &wait_for_spare, ..Start::on(&dir) }.run();
+        assert_eq!(second.status, None, "{}", second.printed);
         dir
+    })
+}
+
+/// The header block of a slot that holds nothing yet.
+fn spare_header(wal: &Path) -> Option<Vec<u8>> {
+    const SPARE: &[u8] = &[2, 0, 0, 0];
+    let slots = wal.read_dir().ok()?.map(|entry| entry.unwrap().path());
+    let mut headers = slots.filter_map(|path| {
+        let mut block = vec![0; 4_096];
+        fs::File::open(path).ok()?.read_exact(&mut block).ok()?;
+        Some(block)
     });
+    headers.find(|block| block.starts_with(b"K3SWALS1") && &block[12..16] == SPARE)
+}
+
+/// A copy of the used directory.
+fn used() -> TempDir {
     let copy = tempfile::tempdir().unwrap();
-    // Sparse, and with modes as they are.
-    let mut cp = Command::new("cp");
-    let cp = cp.args(["-a", "--sparse=always"]).arg(used.path().join("db")).arg(copy.path());
-    assert!(cp.status().unwrap().success());
+    copy_all(pristine(), &copy.path().join("db"));
     copy
 }
 
-/// Every file below a directory, and what is in it. The lock is left out: its content means nothing.
+/// Sparse, and with modes and owners as they are.
+fn copy_all(from: &Path, to: &Path) {
+    let mut cp = Command::new("cp");
+    let cp = cp.args(["-a", "--sparse=always", "-T"]).arg(from).arg(to);
+    assert!(cp.status().unwrap().success());
+}
+
+/// Every file below a directory, its mode and what is in it.
 fn contents(dir: &Path) -> Vec<(PathBuf, u32, Vec<u8>)> {
     let mut found = Vec::new();
     let Ok(entries) = dir.read_dir() else { return found };
@@ -125,7 +205,7 @@ fn contents(dir: &Path) -> Vec<(PathBuf, u32, Vec<u8>)> {
         if path.is_dir() {
             found.extend(contents(&path));
             found.push((path, mode, Vec::new()));
-        } else if !path.ends_with("lock") {
+        } else {
             let bytes = fs::read(&path).unwrap();
             found.push((path, mode, bytes));
         }
@@ -134,9 +214,8 @@ fn contents(dir: &Path) -> Vec<(PathBuf, u32, Vec<u8>)> {
     found
 }
 
-/// The start is refused with these words, a remedy and this status, and nothing is changed.
+/// The start is refused with these words, a remedy and this status.
 fn refused(start: &Start<'_>, status: i32, words: &[&str]) {
-    let before = contents(start.db_dir);
     let ended = start.run();
     let printed = &ended.printed;
     assert_eq!(ended.status, Some(status), "{printed}");
@@ -144,22 +223,41 @@ fn refused(start: &Start<'_>, status: i32, words: &[&str]) {
         assert!(printed.contains(word), "expected {word:?} in:\n{printed}");
     }
     assert!(printed.contains("fix: "), "no remedy in:\n{printed}");
-    let after = contents(start.db_dir);
-    let names = |all: &[(PathBuf, u32, Vec<u8>)]| -> Vec<PathBuf> {
-        all.iter().map(|(path, ..)| path.clone()).collect()
-    };
-    assert_eq!(names(&after), names(&before), "after:\n{printed}");
-    for (before, after) in before.iter().zip(&after) {
-        assert!(before == after, "{} was changed:\n{printed}", before.0.display());
-    }
 }
 
-/// Damages a used directory, expects a refusal that names the file, and a start again after it is put back.
+/// Damages a used directory, expects a refusal that names the file, and that nothing else was harmed: with the damaged
+/// files put back as they were, the server serves everything.
 fn refused_when(damage: impl FnOnce(&Path), words: &[&str]) {
     let dir = used();
     let db = dir.path().join("db");
     damage(&db);
+    let damaged = difference(pristine(), &db);
+    assert!(!damaged.is_empty(), "nothing is damaged");
+
     refused(&Start::on(&db), FAILED, words);
+
+    for path in damaged {
+        let (good, bad) = (pristine().join(&path), db.join(&path));
+        drop(fs::remove_file(&bad));
+        drop(fs::remove_dir_all(&bad));
+        if good.exists() {
+            copy_all(&good, &bad);
+        }
+    }
+    let again = Start { serving: &read, ..Start::on(&db) }.run();
+    assert_eq!(again.status, None, "after all was put right: {}", again.printed);
+}
+
+/// Names, from the top, of what is not the same in two directories.
+fn difference(one: &Path, other: &Path) -> Vec<PathBuf> {
+    let listed = |dir: &Path| -> BTreeMap<PathBuf, (u32, Vec<u8>)> {
+        let all = contents(dir).into_iter();
+        all.map(|(path, mode, bytes)| (path.strip_prefix(dir).unwrap().to_owned(), (mode, bytes)))
+            .collect()
+    };
+    let (one, other) = (listed(one), listed(other));
+    let names: BTreeSet<_> = one.keys().chain(other.keys()).cloned().collect();
+    names.into_iter().filter(|name| one.get(name) != other.get(name)).collect()
 }
 
 /// Damages a used directory in a way that does no harm.
@@ -167,7 +265,7 @@ fn served_when(damage: impl FnOnce(&Path)) {
     let dir = used();
     let db = dir.path().join("db");
     damage(&db);
-    let ended = Start::on(&db).run();
+    let ended = Start { serving: &read, ..Start::on(&db) }.run();
     assert_eq!(ended.status, None, "{}", ended.printed);
 }
 
@@ -288,7 +386,7 @@ fn damaged_identity_is_named() {
     );
     let other = used_by_another();
     refused_when(
-        |db| drop(fs::copy(other.path().join("db/node.json"), file(db)).unwrap()),
+        |db| copy_all(&other.path().join("db/node.json"), &file(db)),
         &["belong", "expected"],
     );
 }
@@ -304,7 +402,7 @@ fn used_by_another() -> TempDir {
 #[test]
 fn damaged_state_is_named() {
     let file = |db: &Path| db.join("state.redb");
-    refused_when(|db| garble(&file(db), 0, 4_096), &["state.redb", "damaged"]);
+    refused_when(|db| garble(&file(db), 4_096, 65_536), &["state.redb", "damaged"]);
     refused_when(|db| truncate(&file(db), 5_000), &["state.redb", "expected a multiple of 4096"]);
     refused_when(|db| truncate(&file(db), 8_192), &["state.redb", "expected"]);
     refused_when(|db| truncate(&file(db), 0), &["state.redb", "expected"]);
@@ -330,6 +428,8 @@ fn what_can_be_made_again_is() {
         let tables = ["state.redb.crc.0", "state.redb.crc.1"].map(|name| db.join(name));
         tables.into_iter().find(|path| path.exists()).unwrap()
     };
+    // The first block is in the table of checksums once more.
+    served_when(|db| garble(&db.join("state.redb"), 0, 4_096));
     served_when(|db| garble(&table(db), 0, 8_192));
     served_when(|db| truncate(&table(db), 100));
     served_when(|db| fs::remove_file(table(db)).unwrap());
@@ -360,11 +460,11 @@ fn damaged_log_is_named() {
             fs::remove_dir_all(db.join("wal")).unwrap();
             fs::write(db.join("wal"), "").unwrap();
         },
-        &["wal is a file, expected a directory"],
+        &["db/wal: Not a directory"],
     );
     let other = used_by_another();
     refused_when(
-        |db| drop(fs::copy(other.path().join("db/wal/slot-00.wal"), slot(db)).unwrap()),
+        |db| copy_all(&other.path().join("db/wal/slot-00.wal"), &slot(db)),
         &["slot-00.wal belongs to node", "expected node"],
     );
 }
@@ -374,8 +474,7 @@ fn damaged_log_is_named() {
 fn a_log_whose_header_went_back_in_time_is_not_taken_for_empty() {
     refused_when(
         |db| {
-            let spare = db.join("wal/slot-01.wal");
-            let header = fs::read(spare).unwrap()[..4_096].to_vec();
+            let header = spare_header(&db.join("wal")).unwrap();
             let slot = db.join("wal/slot-00.wal");
             let mut content = fs::read(&slot).unwrap();
             content[..4_096].copy_from_slice(&header);
@@ -406,7 +505,7 @@ fn damaged_certificates_are_named() {
     }
     refused_when(|db| fs::remove_file(tls(db, "ca.crt")).unwrap(), &["tls/ca.crt is missing"]);
     refused_when(
-        |db| drop(fs::copy(tls(db, "peer.key"), tls(db, "server.key")).unwrap()),
+        |db| copy_all(&tls(db, "peer.key"), &tls(db, "server.key")),
         &["tls/server.crt does not belong to", "tls/server.key"],
     );
     refused_when(

@@ -194,29 +194,3 @@ async fn the_largest_request_is_taken_and_one_byte_more_is_not() {
     host.is_well().await;
     host.survives_a_kill().await;
 }
-
-/// Each answer waits in full for a client that takes nothing.
-#[tokio::test(flavor = "multi_thread")]
-async fn large_answers_that_nobody_takes_are_bounded() {
-    let mut host = Host::plain().await;
-    puts(&host, "large", 4, 1 << 20).await;
-    let calm = host.rss_mib();
-    let everything = pb::RangeRequest {
-        key: Bytes::from_static(b"large"),
-        range_end: Bytes::from_static(b"largf"),
-        ..Default::default()
-    };
-    let everything = everything.encode_to_vec();
-    let mut wire = Wire::deaf(host.endpoint()).await;
-    let asked = wire
-        .flood(400, |number| {
-            let id = stream(number);
-            [call(id, "/etcdserverpb.KV/Range"), message(id, 1, &everything)].concat()
-        })
-        .await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    println!("{asked} answers of 4 MiB: {} MiB more", host.rss_mib().saturating_sub(calm));
-    host.is_well().await;
-    drop(wire);
-    host.stops().await;
-}
