@@ -18,9 +18,9 @@ use super::parts::{self, Mismatch};
 use crate::env::Env;
 use crate::join::{Identity, IdentityError};
 use crate::limits;
+use crate::mvcc::backend::OpenError;
 use crate::mvcc::ballast::{Sizes, SpaceGuard};
 use crate::mvcc::{self, DrainOn, Store, StoreError};
-use crate::mvcc::backend::OpenError;
 use crate::wal::{self, Recovery, Wal};
 
 /// Why a data directory cannot be used.

@@ -226,16 +226,17 @@ async fn open(config: &Config, env: &Env) -> Result<Ports, RunError> {
     let addresses = config.metrics_listen.addresses(&config.node_ips);
     let observers =
         Listeners::bind(&addresses, Security::PlainReadOnly, "metrics and health").await?;
+    let addresses = config.client_listen.addresses(&config.node_ips);
+    let security =
+        if config.insecure_http { Security::PlainLoopback } else { Security::ClosedUntilTls };
+    let mut clients = Listeners::bind(&addresses, security, "the etcd API").await?;
+
     let dir = DataDir::open(env, &config.db_dir, config.wal_linger).await?;
     supervise::announce_opened(&dir);
     let pki = establish_pki(config, env, &dir).await?;
-    let security = if config.insecure_http {
-        Security::PlainLoopback
-    } else {
-        Security::Tls(pki.accept(Port::Clients)?)
-    };
-    let addresses = config.client_listen.addresses(&config.node_ips);
-    let clients = Listeners::bind(&addresses, security, "the etcd API").await?;
+    if !config.insecure_http {
+        clients = clients.with_tls(pki.accept(Port::Clients)?);
+    }
     let member = member(config, &dir, &clients.addresses()?);
     Ok(Ports { dir, pki, clients, observers, member })
 }
