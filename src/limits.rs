@@ -17,6 +17,10 @@ pub const TXN_OPS_MAX: usize = 128;
 /// Deepest nesting of transactions. etcd has no limit of its own; the operation count bounds it there.
 pub const TXN_DEPTH_MAX: usize = 16;
 
+/// Calls that one connection may have open (`max-concurrent-streams`). etcd has no limit; but each costs 10 KiB even
+/// when nothing follows its headers. A client that wants more waits, or opens another connection.
+pub const CONCURRENT_STREAMS_MAX: u32 = 4_096;
+
 /// Largest lease TTL in seconds that etcd accepts.
 pub const LEASE_TTL_SECS_MAX: i64 = 9_000_000_000;
 

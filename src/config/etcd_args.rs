@@ -82,7 +82,7 @@ impl Default for EtcdOptions {
             watch_progress_notify_interval: Duration::from_secs(5),
             max_request_bytes: limits::REQUEST_BYTES_MAX,
             max_txn_ops: limits::TXN_OPS_MAX,
-            max_concurrent_streams: u32::MAX,
+            max_concurrent_streams: limits::CONCURRENT_STREAMS_MAX,
             auto_compaction: AutoCompaction::Off,
             log_level: LogLevel::Info,
             extensive_metrics: false,

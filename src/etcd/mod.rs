@@ -90,7 +90,7 @@ impl Default for Settings {
         Self {
             request_bytes_max: usize_from(limits::REQUEST_BYTES_MAX),
             txn_ops_max: limits::TXN_OPS_MAX,
-            concurrent_streams_max: u32::MAX,
+            concurrent_streams_max: limits::CONCURRENT_STREAMS_MAX,
             keepalive_interval: Duration::from_secs(2 * 3600),
             keepalive_timeout: Duration::from_secs(20),
             progress_interval: Duration::from_secs(600),

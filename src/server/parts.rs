@@ -20,7 +20,7 @@ use crate::join::Identity;
 use crate::mvcc::{ReadTxn, Store};
 use crate::raft;
 use crate::types::{ClusterId, LogId};
-use crate::wal::{HardState, inspect};
+use crate::wal::{self, HardState, inspect};
 
 /// How the parts of a data directory contradict each other.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -79,9 +79,11 @@ pub(super) fn check(
     }
     let applied = view.applied();
     if has_log(env, path)? {
-        // What cannot be read is told, with all details, by the opening that follows.
+        // What cannot be read, and what is another node's, is told in detail by the opening that follows.
+        let owner = wal::Identity { cluster: identity.cluster, node: identity.node };
         if let Ok(log) = inspect::verify(&*env.disk, &wal_dir(path))
             && log.damage.is_none()
+            && log.identity.is_none_or(|found| found == owner)
             && let Some(found) = contradiction(applied, &log.state, is_alone(&view, identity))
         {
             return Err(mismatch(path, found));
