@@ -1,7 +1,8 @@
-//! The target `bolt` of tests/fuzz/targets.rs under libFuzzer.
+//! The target `bolt` of tests/fuzz under libFuzzer.
 #![no_main]
 
-#[path = "../../tests/fuzz/targets.rs"]
+#[path = "../../tests/fuzz/targets/mod.rs"]
+#[allow(dead_code, reason = "one target of all")]
 mod targets;
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {

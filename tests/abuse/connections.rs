@@ -96,8 +96,7 @@ async fn connections_beyond_the_limit_are_refused_and_nobody_else_suffers() {
     const LIMIT: usize = 2_048;
     let mut host = Host::plain().await;
     if room_for(LIMIT + 64) < LIMIT + 64 {
-        crate::support::skip("too few file descriptors for 2,112 connections");
-        return;
+        return eprintln!("skipped: too few file descriptors for 2,112 connections");
     }
     let mut open = Vec::new();
     let mut refused = 0;

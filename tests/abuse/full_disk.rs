@@ -17,7 +17,7 @@ use tonic::{Code, Status};
 
 use crate::client;
 use crate::support::process::{Process, free_ports};
-use crate::support::{Endpoint, ours, skip};
+use crate::support::{Endpoint, ours};
 
 /// Longest time until the server notices, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -172,7 +172,7 @@ async fn has_all(card: &Card, kept: &[u32]) {
 async fn a_card_that_is_nearly_full_takes_no_writes_until_there_is_room() {
     let card = match Card::make() {
         Ok(card) => card,
-        Err(reason) => return skip(&format!("no file system on a loop device: {reason}")),
+        Err(reason) => return eprintln!("skipped: no file system on a loop device: {reason}"),
     };
     let mut server = OnCard::start(&card);
     let channel = server.channel().await;
@@ -217,7 +217,7 @@ async fn a_card_that_is_nearly_full_takes_no_writes_until_there_is_room() {
 async fn a_card_without_a_single_free_block_loses_nothing() {
     let card = match Card::make() {
         Ok(card) => card,
-        Err(reason) => return skip(&format!("no file system on a loop device: {reason}")),
+        Err(reason) => return eprintln!("skipped: no file system on a loop device: {reason}"),
     };
     let mut server = OnCard::start(&card);
     let channel = server.channel().await;
@@ -269,7 +269,7 @@ async fn disarm_and_put(channel: &Channel, key: u32) -> Result<(), Status> {
 async fn a_card_that_is_read_only_is_named() {
     let card = match Card::make() {
         Ok(card) => card,
-        Err(reason) => return skip(&format!("no file system on a loop device: {reason}")),
+        Err(reason) => return eprintln!("skipped: no file system on a loop device: {reason}"),
     };
     let mut server = OnCard::start(&card);
     let channel = server.channel().await;

@@ -6,6 +6,7 @@
 //! temporary directories.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed unwrap is a failed test")]
 #![allow(missing_docs, clippy::print_stdout, clippy::print_stderr, reason = "test code")]
+#![allow(clippy::let_underscore_must_use, reason = "writing to a string, dropping what is gone")]
 #![allow(clippy::cast_possible_truncation, reason = "numbers of a test are small")]
 
 #[path = "../support/mod.rs"]

@@ -1,6 +1,7 @@
 //! Requests that are wrong, absurd or not requests: each has a definite answer, in etcd's words where etcd has words.
 //!
 //! The table is held against a real etcd as well, where `.ci/setup` unpacked one: there the expected answers come from.
+#![allow(clippy::too_many_lines, reason = "tables")]
 
 use bytes::Bytes;
 use k3s_server::proto::{etcdserverpb as pb, v3electionpb as election, v3lockpb as lock};

@@ -25,7 +25,7 @@ pub const END_STREAM: u8 = 1;
 pub const END_HEADERS: u8 = 4;
 
 /// A write that takes longer is one that the other side does not want to read.
-const WRITE_MAX: Duration = Duration::from_secs(3);
+const WRITE_MAX: Duration = Duration::from_secs(1);
 
 /// One side of a connection whose client ignores every rule.
 pub struct Wire {
