@@ -269,7 +269,7 @@ fn nothing_found(survey: Survey) -> Result<Found, OpenError> {
         }
     }
     for slot in &survey.spares {
-        if let Some(frame) = later_life(slot, None)? {
+        if let Some(frame) = later_life(slot, None, 1)? {
             return Err(old_header(slot, &frame, &HardState::default()).into());
         }
     }
@@ -300,25 +300,32 @@ fn damage(
     }
 }
 
-/// The second frame of a life that the slot's header knows nothing of. The first proves nothing: it is written together
-/// with the header, and either may be all that got to the card. The second came after both were durable.
-fn later_life(slot: &Slot, generation: Option<u64>) -> Result<Option<FrameHeader>, OpenError> {
+/// How far into a free slot is looked for frames that should not be there: they are written from its start on.
+const FREE_BLOCKS_SEARCHED: u32 = 64;
+
+/// A frame beyond the log's end, of a life that the slot's header knows nothing of. The first block proves nothing: its
+/// frame is written together with the header, and either may be all that got to the card. What stands after it was only
+/// written when both were durable.
+fn later_life(
+    slot: &Slot,
+    generation: Option<u64>,
+    end: u64,
+) -> Result<Option<FrameHeader>, OpenError> {
     let mut buffer = Vec::new();
-    let mut frame_at = |block: u32| {
-        if slot.blocks <= block {
-            return Ok(None);
-        }
+    for block in 2..FREE_BLOCKS_SEARCHED.min(slot.blocks) {
         match slot.frame_header(block, &mut buffer) {
-            Ok(frame) => Ok(Some(frame).filter(|frame| frame.block == block)),
-            Err(ReadError::Defect(_)) => Ok(None),
-            Err(ReadError::Io(error)) => Err(OpenError::io("read", &slot.path)(error)),
+            Ok(frame)
+                if frame.block == block
+                    && generation != Some(frame.generation)
+                    && end < frame.seq =>
+            {
+                return Ok(Some(frame));
+            }
+            Ok(_) | Err(ReadError::Defect(_)) => {}
+            Err(ReadError::Io(error)) => return Err(OpenError::io("read", &slot.path)(error)),
         }
-    };
-    let Some(first) = frame_at(1)?.filter(|first| generation != Some(first.generation)) else {
-        return Ok(None);
-    };
-    let second = frame_at(first.blocks().saturating_add(1))?;
-    Ok(second.filter(|second| second.generation == first.generation && second.chain == first.crc))
+    }
+    Ok(None)
 }
 
 fn old_header(slot: &Slot, frame: &FrameHeader, state: &HardState) -> Damage {
@@ -609,11 +616,9 @@ impl<'a> Replay<'a> {
 
     /// A slot that is free by its header must not hold what comes after the log's end.
     fn check_free(&self, slot: &Slot, generation: Option<u64>) -> Result<(), OpenError> {
-        match later_life(slot, generation)? {
-            Some(frame) if self.position.seq < frame.seq => {
-                Err(old_header(slot, &frame, &self.position.state).into())
-            }
-            Some(_) | None => Ok(()),
+        match later_life(slot, generation, self.position.seq)? {
+            Some(frame) => Err(old_header(slot, &frame, &self.position.state).into()),
+            None => Ok(()),
         }
     }
 

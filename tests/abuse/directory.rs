@@ -149,8 +149,9 @@ const KEYS: [&str; 3] = ["first", "second", "third"];
 fn pristine() -> &'static Path {
     static USED: OnceLock<PathBuf> = OnceLock::new();
     USED.get_or_init(|| {
-        // Kept for all tests; the system's temporary directory is where it belongs.
-        let dir = tempfile::tempdir().unwrap().keep().join("db");
+        // For all tests, so none of them removes it; the next run does.
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("abuse-directory");
+        drop(fs::remove_dir_all(&dir));
         let wal = dir.join("wal");
         let first = Start { serving: &write, ..Start::on(&dir) }.run();
         assert_eq!(first.status, None, "{}", first.printed);
