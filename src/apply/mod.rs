@@ -21,6 +21,7 @@
 //! (`lease`).
 
 mod alarm;
+mod cluster;
 mod kv;
 mod lease;
 mod operations;
@@ -33,8 +34,10 @@ mod tests;
 use crate::command::Command;
 use crate::mvcc::{ReadTxn, RevisionError, RevisionEvents, StoreError, View, WriteTxn};
 use crate::proto::etcdserverpb as pb;
+use crate::proto::node::ClusterReply;
 use crate::types::{LeaseId, LogId, Revision};
 
+pub use cluster::{flags, node, nodes};
 pub use operations::Operations;
 
 /// A definite "no" that changed nothing. Mapped to etcd's status code and text in `etcd::error`.
@@ -72,6 +75,7 @@ pub enum Reply {
     LeaseRevoke(pb::LeaseRevokeResponse),
     LeaseCheckpoint,
     Alarm(pb::AlarmResponse),
+    Cluster(ClusterReply),
 }
 
 /// What applying a command answered, and the store's revision after it.
@@ -188,6 +192,7 @@ fn run(txn: &mut WriteTxn<'_>, command: &Command, leases: &mut Vec<LeaseChange>)
             Ok(Reply::LeaseCheckpoint)
         }
         Command::Alarm(request) => alarm::alarm(txn, request).map(Reply::Alarm),
+        Command::Cluster(change) => cluster::change(txn, change).map(Reply::Cluster),
     }
 }
 

@@ -21,6 +21,8 @@ pub mod checkpoint;
 pub mod inspect;
 pub mod node;
 
+pub mod transport;
+
 mod log_store;
 mod network;
 mod state_machine;
