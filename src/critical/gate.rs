@@ -87,6 +87,25 @@ impl FlagsError {
     }
 }
 
+impl Mismatches {
+    /// Says that the cluster's flags were changed while this server runs with the old ones.
+    pub fn announce_outdated(&self) {
+        for mismatch in self.iter() {
+            announce!(
+                EventId::FlagsOutdated,
+                { fields::FLAG } = mismatch.flag.name(),
+                { fields::VALUE_HERE } = %mismatch.here,
+                { fields::VALUE_CLUSTER } = %mismatch.cluster.value(),
+                { fields::PATH } = %mismatch.origin,
+                { fields::BY } = mismatch.cluster.set_by(),
+                { fields::SINCE } = mismatch.cluster.since().as_deref(),
+                "this server still runs with another value, and will not start again with it: {}",
+                mismatch.sentence()
+            );
+        }
+    }
+}
+
 /// The command that records the flags of a new cluster. May be repeated: a record that is there stays.
 pub fn founding(record: &ClusterFlags) -> Command {
     let flags = record.encode().into();

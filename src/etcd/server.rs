@@ -7,6 +7,7 @@
 use std::future::Future;
 use std::io;
 
+use axum::extract::Request;
 use axum::middleware;
 use futures_util::stream::Stream;
 use thiserror::Error;
@@ -15,6 +16,7 @@ use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
+use super::admin::{AdminService, Caller};
 use super::api::Api;
 use super::auth::AuthService;
 use super::cluster::ClusterService;
@@ -31,6 +33,7 @@ use crate::proto::etcdserverpb::kv_server::KvServer;
 use crate::proto::etcdserverpb::lease_server::LeaseServer;
 use crate::proto::etcdserverpb::maintenance_server::MaintenanceServer;
 use crate::proto::etcdserverpb::watch_server::WatchServer;
+use crate::proto::node::admin_server::AdminServer;
 use crate::proto::v3electionpb::election_server::ElectionServer;
 use crate::proto::v3lockpb::lock_server::LockServer;
 
@@ -61,7 +64,8 @@ pub enum ServeError {
 /// Serves clients until `shutdown`, and then until the calls under way are done.
 ///
 /// `incoming` yields accepted connections, after TLS where there is TLS. An error in it is one failed
-/// connection, not the end. `around` puts layers of the caller, such as counters, around all routes.
+/// connection, not the end; it says who is at the other end. `around` puts layers of the caller, such as counters, around
+/// all routes.
 pub async fn serve<IO>(
     api: Api,
     around: impl FnOnce(axum::Router) -> axum::Router,
@@ -70,9 +74,11 @@ pub async fn serve<IO>(
 ) -> Result<(), ServeError>
 where
     IO: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+    IO::ConnectInfo: Into<Caller>,
 {
     let settings = *api.settings();
-    let routes = Routes::from(around(routes(&api).await?));
+    let routes = routes(&api).await?.layer(middleware::map_request(name_caller::<IO>));
+    let routes = Routes::from(around(routes));
     Server::builder()
         .accept_http1(true)
         .max_concurrent_streams(settings.concurrent_streams_max)
@@ -87,6 +93,17 @@ where
         .serve_with_incoming_shutdown(incoming, shutdown)
         .await?;
     Ok(())
+}
+
+/// Says who calls in our own words, so that a service need not know what accepted the connection.
+async fn name_caller<IO: Connected>(mut request: Request) -> Request
+where
+    IO::ConnectInfo: Into<Caller>,
+{
+    if let Some(info) = request.extensions().get::<IO::ConnectInfo>().cloned() {
+        request.extensions_mut().insert(info.into());
+    }
+    request
 }
 
 /// Every service, behind the gate.
@@ -112,6 +129,7 @@ async fn routes(api: &Api) -> Result<axum::Router, ServeError> {
         .add_service(limited!(AuthServer(AuthService(api.clone()))))
         .add_service(limited!(LockServer(LockService(api.clone()))))
         .add_service(limited!(ElectionServer(ElectionService(api.clone()))))
+        .add_service(limited!(AdminServer(AdminService(api.clone()))))
         .add_service(health)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?);

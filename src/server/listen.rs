@@ -37,6 +37,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 
+use crate::etcd::Caller;
 use crate::metrics::Connections;
 use crate::pki::Identity;
 
@@ -366,6 +367,12 @@ pub struct PeerInfo {
     pub local: SocketAddr,
     /// The owner of its certificate; `None` without TLS.
     pub identity: Option<Identity>,
+}
+
+impl From<PeerInfo> for Caller {
+    fn from(info: PeerInfo) -> Self {
+        Self { remote: info.remote, identity: info.identity }
+    }
 }
 
 #[derive(Debug)]
