@@ -31,6 +31,7 @@ pub mod join;
 
 pub mod observe;
 
+pub mod admin;
 pub mod server;
 
 pub mod cli;

@@ -33,6 +33,7 @@
 //!
 //! Tokens and the transfer of certificates to a joining node (`join`); which node ids are members (`raft`).
 
+mod caller;
 mod error;
 mod files;
 mod identity;
@@ -42,6 +43,7 @@ mod store;
 mod tls;
 pub mod validity;
 
+pub use caller::{CallerError, call_with_files};
 pub use error::{NamesError, PkiError, WrongIdentity};
 pub use identity::{Identity, Role};
 pub use names::Names;

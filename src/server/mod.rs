@@ -29,4 +29,4 @@ mod supervise;
 mod wal_tools;
 
 pub use run::{RunError, run};
-pub use wal_tools::{dump, verify};
+pub use wal_tools::{dump, recorded_flags, verify};
