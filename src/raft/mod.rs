@@ -25,6 +25,7 @@ pub mod transport;
 
 mod log_store;
 mod network;
+pub mod runtime;
 mod state_machine;
 mod stats;
 mod types;

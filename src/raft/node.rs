@@ -18,6 +18,7 @@ use super::log_store::LogStore;
 use super::network::Peers;
 use super::state_machine::{AppliedNote, StateMachine};
 use super::stats::{Counters, Stats};
+use super::transport::Transport;
 use super::types::{self, Raft, TypeConfig, Waiter};
 use super::{Follow, Member, ProposeError, ReadBarrier, ReadError, Role, Status};
 use crate::apply::{Operations, Outcome};
@@ -56,6 +57,8 @@ pub struct Parts {
     pub store: Store,
     /// Who follows the store.
     pub followers: Vec<Arc<dyn Follow>>,
+    /// The way to other nodes.
+    pub transport: Arc<dyn Transport>,
 }
 
 /// Why a node did not start.
@@ -89,6 +92,7 @@ struct Shared {
     failure: watch::Receiver<Option<String>>,
     counters: Arc<Counters>,
     mark: Arc<CheckpointMark>,
+    transport: Arc<dyn Transport>,
     checkpoint_requests: mpsc::UnboundedSender<CheckpointRequest>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -147,7 +151,7 @@ fn raft_config(cluster: ClusterId, options: &Options) -> Result<openraft::Config
 impl Node {
     /// Starts taking part. Replays the log into the store before it returns.
     pub async fn start(parts: Parts, options: &Options) -> Result<Self, StartError> {
-        let Parts { env, cluster, member, wal, store, followers } = parts;
+        let Parts { env, cluster, member, wal, store, followers, transport } = parts;
         let id = member.id;
         let config = Arc::new(raft_config(cluster, options)?);
         let mark = Arc::new(CheckpointMark::new(store.read()?.applied()));
@@ -190,6 +194,7 @@ impl Node {
             failure,
             counters,
             mark,
+            transport,
             checkpoint_requests,
             tasks,
         };
@@ -330,6 +335,16 @@ impl Node {
 
     pub(super) fn raft(&self) -> &Raft {
         &self.shared.raft
+    }
+
+    /// The way to other nodes.
+    pub(super) fn transport(&self) -> &Arc<dyn Transport> {
+        &self.shared.transport
+    }
+
+    /// Itself.
+    pub(super) fn id(&self) -> NodeId {
+        self.shared.id
     }
 
     /// The log.

@@ -14,6 +14,7 @@ use super::checkpoint::{CheckpointMark, Policy};
 use super::log_store::LogStore;
 use super::state_machine::StateMachine;
 use super::stats::Counters;
+use super::transport::NoPeers;
 use super::types::TypeConfig;
 use super::{Member, Node, Options, Parts, Role};
 use crate::apply::Reply;
@@ -90,6 +91,7 @@ async fn start(dir: &Path) -> Node {
         wal,
         store,
         followers: vec![],
+        transport: Arc::new(NoPeers),
     };
     let node = Node::start(parts, &OPTIONS).await.unwrap();
     node.found(&member).await.unwrap();

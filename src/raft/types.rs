@@ -6,7 +6,7 @@ use std::fmt;
 use bytes::Bytes;
 use openraft::OptionalSend;
 use openraft::impls::leader_id_adv::LeaderId;
-use openraft::impls::{BoxedErrorSource, InlineBatch, TokioRuntime};
+use openraft::impls::{BoxedErrorSource, InlineBatch};
 use openraft::raft::responder::Responder;
 use openraft::type_config::alias::{CommittedLeaderIdOf, LogIdOf, VoteOf};
 use openraft::vote::RaftLeaderId as _;
@@ -33,7 +33,7 @@ impl openraft::RaftTypeConfig for TypeConfig {
     type Vote = openraft::impls::Vote<Self::LeaderId>;
     type Payload = Payload;
     type Entry = openraft::Entry<CommittedLeaderIdOf<Self>, Payload>;
-    type AsyncRuntime = TokioRuntime;
+    type AsyncRuntime = super::runtime::Runtime;
     type Responder<T>
         = Waiter<T>
     where
