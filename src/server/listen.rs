@@ -11,7 +11,7 @@
 //!
 //! - Plain TCP is accepted on loopback addresses only, except for the read-only metrics port.
 //! - A connection holds its place in the caps from accept to close, handshake included.
-//! - A connection that reaches the stream has finished its handshake; its certificate's owner is in [`PeerInfo`].
+//! - A connection that reaches the stream has finished its handshake; its certificate's owner is in [`Caller`].
 //! - Running out of file descriptors pauses accepting; it ends nothing.
 //!
 //! # Not here
@@ -38,7 +38,7 @@ use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 
 use crate::metrics::Connections;
-use crate::pki::Identity;
+use crate::pki::{Caller, Identity};
 
 mod admission;
 mod port_owner;
@@ -332,7 +332,7 @@ impl Acceptor {
         self.metrics.accepted.inc();
         let open = Open { _place: place, gauge: self.metrics.open.clone() };
         open.gauge.inc();
-        let info = PeerInfo { remote, local, identity };
+        let info = Caller { remote, local, identity, binding: None };
         // The server may have stopped meanwhile; then nobody wants this connection.
         let _unwanted = self.sender.send(Connection { io, info, _open: open }).await.is_err();
         Ok(())
@@ -355,17 +355,6 @@ fn tune(stream: &TcpStream) -> io::Result<()> {
     let timeout = u32::try_from(USER_TIMEOUT.as_millis()).unwrap_or(u32::MAX);
     setsockopt(stream, sockopt::TcpUserTimeout, &timeout)?;
     Ok(())
-}
-
-/// Who is at the other end; tonic puts it into each request's extensions.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PeerInfo {
-    /// The caller's address.
-    pub remote: SocketAddr,
-    /// The address it called.
-    pub local: SocketAddr,
-    /// The owner of its certificate; `None` without TLS.
-    pub identity: Option<Identity>,
 }
 
 #[derive(Debug)]
@@ -392,21 +381,21 @@ impl Drop for Open {
 #[derive(Debug)]
 pub struct Connection {
     io: Io,
-    info: PeerInfo,
+    info: Caller,
     _open: Open,
 }
 
 impl Connection {
     /// Who is at the other end.
-    pub const fn info(&self) -> &PeerInfo {
+    pub const fn info(&self) -> &Caller {
         &self.info
     }
 }
 
 impl Connected for Connection {
-    type ConnectInfo = PeerInfo;
+    type ConnectInfo = Caller;
 
-    fn connect_info(&self) -> PeerInfo {
+    fn connect_info(&self) -> Caller {
         self.info.clone()
     }
 }
