@@ -21,7 +21,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::config::Config;
 use crate::env::host;
-use crate::pki::{CallerError, CertificateClock, Paths, call_with_files};
+use crate::pki::{CertificateClock, ClientFilesError, Paths, call_with_files};
 
 /// A server that is there answers much sooner, also on a slow board.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -46,7 +46,7 @@ pub enum ConnectionError {
     Endpoint(String),
     /// A certificate or key cannot be used.
     #[error(transparent)]
-    Files(#[from] CallerError),
+    Files(#[from] ClientFilesError),
     /// Nobody answered; one line for each endpoint.
     #[error("no server answers:{}", lines(.0))]
     Unreachable(Vec<(String, String)>),

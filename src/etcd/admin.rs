@@ -7,7 +7,6 @@
 //! - A changed flag is one compare-and-set in the log: two operators at once do not undo each other.
 //! - Every change, and every refused one, is said in the journal with who asked for it.
 
-use std::net::SocketAddr;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -20,7 +19,7 @@ use crate::apply::{self, Reply};
 use crate::command::Command;
 use crate::critical::{ChangeRefused, Changed, ClusterFlags, change, line};
 use crate::events::{EventId, fields};
-use crate::pki::Identity;
+use crate::pki::Caller;
 use crate::proto::node::admin_server::Admin;
 use crate::proto::node::cluster_change::Change;
 use crate::proto::node::cluster_reply::Result as Answer;
@@ -31,15 +30,6 @@ use crate::proto::node::{
 
 /// Others may change flags at the same moment; nobody does that this often.
 const ATTEMPTS: usize = 8;
-
-/// Who calls: put into each request's extensions by whoever accepted the connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Caller {
-    /// The caller's address.
-    pub remote: SocketAddr,
-    /// The owner of its certificate; `None` without TLS.
-    pub identity: Option<Identity>,
-}
 
 /// See the module documentation.
 #[derive(Debug)]
@@ -162,7 +152,7 @@ impl Admin for AdminService {
         request: Request<ChangeFlagRequest>,
     ) -> Result<Response<ChangeFlagReply>, Status> {
         let deadline = self.0.deadline(request.metadata());
-        let caller = request.extensions().get::<Caller>().copied();
+        let caller = request.extensions().get::<Caller>().cloned();
         let by = self.name_of(caller.as_ref());
         let from = caller.map_or_else(|| "here".to_owned(), |caller| caller.remote.to_string());
         let request = request.into_inner();

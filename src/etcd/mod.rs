@@ -53,7 +53,6 @@ use crate::raft::{Member, Node};
 use crate::types::{LeaseId, NodeId};
 use crate::watch::Hub;
 
-pub use admin::Caller;
 pub use api::Api;
 pub use expiry::{LeaseStatistics, Leases};
 pub use http::{HealthQuery, Unhealthy};

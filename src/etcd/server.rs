@@ -7,7 +7,6 @@
 use std::future::Future;
 use std::io;
 
-use axum::extract::Request;
 use axum::middleware;
 use futures_util::stream::Stream;
 use thiserror::Error;
@@ -16,7 +15,7 @@ use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
-use super::admin::{AdminService, Caller};
+use super::admin::AdminService;
 use super::api::Api;
 use super::auth::AuthService;
 use super::cluster::ClusterService;
@@ -64,7 +63,7 @@ pub enum ServeError {
 /// Serves clients until `shutdown`, and then until the calls under way are done.
 ///
 /// `incoming` yields accepted connections, after TLS where there is TLS. An error in it is one failed
-/// connection, not the end; it says who is at the other end. `around` puts layers of the caller, such as counters, around
+/// connection, not the end. `around` puts layers of the caller, such as counters, around
 /// all routes.
 pub async fn serve<IO>(
     api: Api,
@@ -74,11 +73,9 @@ pub async fn serve<IO>(
 ) -> Result<(), ServeError>
 where
     IO: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
-    IO::ConnectInfo: Into<Caller>,
 {
     let settings = *api.settings();
-    let routes = routes(&api).await?.layer(middleware::map_request(name_caller::<IO>));
-    let routes = Routes::from(around(routes));
+    let routes = Routes::from(around(routes(&api).await?));
     Server::builder()
         .accept_http1(true)
         .max_concurrent_streams(settings.concurrent_streams_max)
@@ -93,17 +90,6 @@ where
         .serve_with_incoming_shutdown(incoming, shutdown)
         .await?;
     Ok(())
-}
-
-/// Says who calls in our own words, so that a service need not know what accepted the connection.
-async fn name_caller<IO: Connected>(mut request: Request) -> Request
-where
-    IO::ConnectInfo: Into<Caller>,
-{
-    if let Some(info) = request.extensions().get::<IO::ConnectInfo>().cloned() {
-        request.extensions_mut().insert(info.into());
-    }
-    request
 }
 
 /// Every service, behind the gate.

@@ -1,58 +1,48 @@
-//! How a command calls port 2379: with the files any etcd client uses, read and never written.
+//! What a connection has proved about its two ends.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::fmt;
+use std::net::SocketAddr;
 
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ClientConfig, RootCertStore};
-use thiserror::Error;
+use rustls::{ConnectionCommon, Error};
 
-use super::store::Paths;
-use super::tls::provider;
-use super::validity::CertificateClock;
+use super::Identity;
 
-/// Why the files cannot be used.
-#[derive(Debug, Error)]
-#[error("{path}: {what}")]
-pub struct CallerError {
-    /// The file.
-    pub path: PathBuf,
-    /// What is wrong with it.
-    pub what: String,
-}
+/// What both ends of one TLS connection know and nobody else can: from RFC 8446's exporter.
+const BINDING_LABEL: &[u8] = b"EXPORTER-k3s-server-join";
 
-fn error(path: &Path, what: impl ToString) -> CallerError {
-    CallerError { path: path.to_owned(), what: what.to_string() }
-}
+/// Equal at both ends of one TLS connection, different for every other connection. Whoever sits in between and speaks
+/// TLS to both ends has two different ones.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct ChannelBinding([u8; 32]);
 
-/// The server's certificate is checked as any etcd client does: signed by the authority, and for the name that is called.
-pub fn call_with_files(
-    paths: &Paths,
-    clock: CertificateClock,
-) -> Result<Arc<ClientConfig>, CallerError> {
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates(&paths.authority)? {
-        roots.add(certificate).map_err(|found| error(&paths.authority, found))?;
+impl ChannelBinding {
+    /// The value of this connection, whose handshake has ended.
+    pub fn of<Data>(connection: &ConnectionCommon<Data>) -> Result<Self, Error> {
+        connection.export_keying_material([0; 32], BINDING_LABEL, None).map(Self)
     }
-    let chain = certificates(&paths.certificate)?;
-    let key = PrivateKeyDer::from_pem_file(&paths.key).map_err(|found| error(&paths.key, found))?;
-    let mut config = ClientConfig::builder_with_details(Arc::new(provider()), Arc::new(clock))
-        .with_safe_default_protocol_versions()
-        .map_err(|found| error(&paths.authority, found))?
-        .with_root_certificates(roots)
-        .with_client_auth_cert(chain, key)
-        .map_err(|found| error(&paths.certificate, found))?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(Arc::new(config))
+
+    /// The bytes to mix into whatever is to be bound.
+    pub const fn bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, CallerError> {
-    let all: Result<Vec<_>, _> =
-        CertificateDer::pem_file_iter(path).map_err(|found| error(path, found))?.collect();
-    let all = all.map_err(|found| error(path, found))?;
-    if all.is_empty() {
-        return Err(error(path, "holds no certificate in PEM form"));
+/// Not secret, but of no use to a reader.
+impl fmt::Debug for ChannelBinding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ChannelBinding")
     }
-    Ok(all)
+}
+
+/// Who is at the other end of a connection to us; tonic puts it into each request's extensions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// The caller's address.
+    pub remote: SocketAddr,
+    /// The address it called.
+    pub local: SocketAddr,
+    /// The owner of its certificate; `None` if it showed none, which only some ports allow.
+    pub identity: Option<Identity>,
+    /// On a connection for joining, what binds a proof to this connection.
+    pub binding: Option<ChannelBinding>,
 }

@@ -30,6 +30,7 @@ use crate::observe::http::{self, Version};
 use crate::observe::logging::{self, Logging, LoggingError};
 use crate::pki::{Names, NamesError, Owner, Pki, PkiError, Port, Role as CertificateRole};
 use crate::raft::checkpoint::Policy;
+use crate::raft::transport::NoPeers;
 use crate::raft::{self, Member, Node, Parts, StartError, StopError};
 use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
 use crate::types::ByteCount;
@@ -427,6 +428,7 @@ fn member(config: &Config, dir: &DataDir, clients: &[SocketAddr]) -> Member {
         peer_urls: urls("https", &config.peer_listen.addresses(&config.node_ips)),
         client_urls: urls(scheme, clients),
         learner: false,
+        replaces: None,
     }
 }
 
@@ -448,6 +450,7 @@ async fn start_node(
             Arc::new(Watchers(hub.clone())),
             Arc::new(LeaseClocks { leases: Arc::clone(leases), store: dir.store.clone() }),
         ],
+        transport: Arc::new(NoPeers),
     };
     let election_min = config.etcd.election_timeout.unwrap_or(ELECTION_MIN);
     let options = raft::Options {
