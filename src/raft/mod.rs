@@ -8,6 +8,7 @@
 //! - [`Node`]: the handle. [`node`] puts openraft, the log and the store together.
 //! - `log_store`, `state_machine`, `network`: what openraft asks of us, each a thin translation.
 //! - [`change`]: who is a member.
+//! - [`reset`]: the way back when a majority is lost.
 //! - [`checkpoint`]: when the store is made durable and the log may forget.
 //!
 //! # Invariants
@@ -20,6 +21,7 @@ pub mod change;
 pub mod checkpoint;
 pub mod inspect;
 pub mod node;
+pub mod reset;
 
 pub mod transport;
 
