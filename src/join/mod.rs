@@ -13,7 +13,9 @@
 //! - Every step may be repeated: a crash anywhere in between is finished or undone by the next start.
 //! - The token's password never travels.
 
+pub mod flags;
 pub mod identity;
+pub mod plan;
 pub mod token;
 
 pub mod pake;
@@ -38,4 +40,5 @@ pub use adopt::{AdoptError, adopt, contacts, undo_unfinished};
 pub use door::{Door, Grant, House, JoinRefused};
 pub use enrol::{Enrolled, Enrolment, JoinError};
 pub use identity::{Identity, IdentityError, Phase};
+pub use plan::{OnDisk, Plan, PlanError, start_plan};
 pub use token::{AuthorityHash, Password, Token, TokenError};

@@ -21,7 +21,7 @@
 //! How often one may try (`gate`), and what is sealed (`door`, `enrol`).
 
 use bytes::Bytes;
-use rand_core::{CryptoRng, RngCore};
+use rand_core_06::{CryptoRng, RngCore};
 use ring::{aead, hkdf, hmac};
 use sha2::{Digest, Sha256};
 use spake2::{Ed25519Group, Identity, Password as Spake2Password, Spake2};
@@ -82,7 +82,7 @@ impl RngCore for Chance<'_> {
         self.0.fill(bytes);
     }
 
-    fn try_fill_bytes(&mut self, bytes: &mut [u8]) -> Result<(), rand_core::Error> {
+    fn try_fill_bytes(&mut self, bytes: &mut [u8]) -> Result<(), rand_core_06::Error> {
         self.0.fill(bytes);
         Ok(())
     }

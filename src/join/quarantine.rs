@@ -80,6 +80,9 @@ fn aside(env: &Env, dir: &Path, name: &str) -> Result<PathBuf, AdoptError> {
 /// Moves everything that belongs to the old id. File by file: what was moved already is not there any more.
 fn set_aside(env: &Env, dir: &Path, aside: &Path) -> Result<(), AdoptError> {
     let disk = &*env.disk;
+    // Its own name first: files that are moved into a directory that a power cut takes away are gone.
+    disk.create_dir_all(aside).map_err(failed(aside))?;
+    disk.sync_dir(dir).map_err(failed(dir))?;
     let wal = dir.join("wal");
     let state = |name: &OsStr| name.to_str().is_some_and(|name| name.starts_with("state.redb"));
     let leaves: Vec<String> =

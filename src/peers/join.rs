@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use super::dial;
 use crate::pki::{self, ChannelBinding};
@@ -42,9 +42,7 @@ pub async fn connect(address: SocketAddr) -> io::Result<JoinConnection> {
         let chain = connection.peer_certificates().unwrap_or_default();
         let chain = chain.iter().map(|one| one.clone().into_owned()).collect();
         let binding = ChannelBinding::of(connection).map_err(io::Error::other)?;
-        // The address is only for headers; the connection is there.
-        let endpoint = Endpoint::from_static("http://join");
-        let channel = dial::http2(endpoint, stream).await.map_err(io::Error::other)?;
+        let channel = dial::http2(stream).await.map_err(io::Error::other)?;
         Ok(JoinConnection { channel, chain, binding })
     };
     tokio::time::timeout(CONNECT_TIMEOUT, connecting)

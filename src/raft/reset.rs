@@ -75,7 +75,7 @@ pub async fn only_member(
     let left: Vec<Member> = members.into_iter().filter(|one| one.id != member.id).collect();
     let records = records(wal, view.applied(), member, &left)?;
     wal.append(records, Urgency::Urgent, |_| {})?;
-    drop(wal.flush().await?);
+    let _durable = wal.flush().await?;
     Ok(left)
 }
 
@@ -159,11 +159,11 @@ mod tests {
         };
         let vote = Vote { term: Term::new(4), node: NodeId::new(2), committed: true };
         let mut records = vec![Record::Vote(vote)];
-        for (index, payload) in [(1, membership), (2, put("known")), (3, put("perhaps"))] {
+        for (index, payload) in [(0, membership), (1, put("known")), (2, put("perhaps"))] {
             let payload = types::encode_payload(&payload);
             records.push(Record::Entry { id: id(index), payload });
         }
-        records.push(Record::Committed(id(2)));
+        records.push(Record::Committed(id(1)));
         wal.append(records, Urgency::Urgent, |_| {}).unwrap();
     }
 

@@ -97,6 +97,7 @@ fn membership(ids: &[u64]) -> StoredMembership {
             name: format!("pi-{id}"),
             peer_urls: vec![url(*id)],
             client_urls: vec![],
+            ..wire::Member::default()
         })
         .collect();
     let configs = vec![wire::VoterSet { ids: ids.to_vec() }];

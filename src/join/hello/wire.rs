@@ -51,6 +51,7 @@ pub(super) fn member(one: &wire::Member, learner: bool) -> Member {
         peer_urls: one.peer_urls.clone(),
         client_urls: one.client_urls.clone(),
         learner,
+        replaces: Some(NodeId::new(one.replaces)).filter(|id| id.get() != 0),
     }
 }
 
@@ -60,6 +61,7 @@ pub(super) fn wire_member(member: &Member) -> wire::Member {
         name: member.name.clone(),
         peer_urls: member.peer_urls.clone(),
         client_urls: member.client_urls.clone(),
+        replaces: member.replaces.map_or(0, NodeId::get),
     }
 }
 
