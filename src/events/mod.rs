@@ -153,6 +153,9 @@ events! {
     /// The journal did not keep up, and lines are missing before this one.
     LinesLost = 0xa96db72faa874f05a82941b6b39fffa8, WARN,
         "look for `mmc` errors in `journalctl -k`; if the journal lives on a slow card, set `Storage=volatile` in /etc/systemd/journald.conf";
+    /// Somebody tried to join and was refused.
+    JoinRefused = 0xab1c914ed99b003262110c9f51ed4f55, WARN,
+        "if this is a server that shall join, give it the line from the file `token` of a member; if it is not, look who has that address";
     /// This node's promises cannot be trusted; it takes no part in decisions.
     Quarantined = 0xc6b3f8e0194d4907b8833fe7b777ef60, ERROR,
         "an older image, a copied card or a lying card is behind this; remove this node from the cluster and join it again";

@@ -11,6 +11,7 @@
 //!   entries and whole states travel, `answer` the other end of all of it.
 //! - `forward`, `read`: writes and linearizable reads through any member.
 //! - [`change`]: who is a member; `duties` and `lead`: what a leader does about it by itself.
+//! - [`reset`]: the way back when a majority is lost.
 //! - [`checkpoint`]: when the store is made durable and the log may forget.
 //!
 //! # Invariants
@@ -24,6 +25,7 @@ pub mod change;
 pub mod checkpoint;
 pub mod inspect;
 pub mod node;
+pub mod reset;
 
 pub mod transport;
 

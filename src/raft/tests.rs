@@ -31,7 +31,7 @@ use crate::wal::{self, Wal};
 const CLUSTER: ClusterId = ClusterId::new(0xc1);
 const NODE: NodeId = NodeId::new(0x11);
 
-const OPTIONS: Options = Options {
+pub(super) const OPTIONS: Options = Options {
     heartbeat: Duration::from_millis(500),
     election_min: Duration::from_secs(2),
     election_max: Duration::from_secs(4),
@@ -42,10 +42,14 @@ const OPTIONS: Options = Options {
 };
 
 async fn open(dir: &Path) -> (Wal, Store) {
+    open_as(dir, NODE).await
+}
+
+pub(super) async fn open_as(dir: &Path, node: NodeId) -> (Wal, Store) {
     let env = host::env();
     let options = mvcc::Options { cache_bytes: 1 << 20, drain: DrainOn::Thread };
     let store = Store::open(&env, &dir.join("state.redb"), &options).unwrap();
-    let identity = wal::Identity { cluster: CLUSTER, node: NODE };
+    let identity = wal::Identity { cluster: CLUSTER, node };
     let options = wal::Options {
         segment_bytes: limits::WAL_SEGMENT_BYTES,
         slots_min: 1,
