@@ -2,14 +2,15 @@
 
 use std::io::{self, BufRead as _, IsTerminal as _, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use k3s_server::admin::check::{Sources, Verdict};
+use k3s_server::admin::check::{NotAsked, Sources, Verdict, ask_cluster};
 use k3s_server::admin::client::Connection;
 use k3s_server::admin::{self, Action, AdminError};
 use k3s_server::cli::{self, Failure, Format, Programs, WalArguments};
 use k3s_server::config::{Config, Loaded};
 use k3s_server::env::host;
-use k3s_server::join::{Identity, OnDisk};
+use k3s_server::join::Identity;
 use k3s_server::server;
 
 /// What the command line hands over to the rest of the program.
@@ -22,16 +23,12 @@ impl Programs for Assembly {
 
     fn check(&self, config: &Config, server_named: bool) -> Verdict {
         let identity = Identity::load(&host::env(), &config.db_dir);
-        let on_disk = identity.as_ref().ok().and_then(Option::as_ref).map(|identity| OnDisk {
-            cluster: identity.cluster,
-            node: identity.node,
-            joining: false,
-        });
+        let on_disk = identity.as_ref().ok().copied().flatten();
         let disk = || match &identity {
-            Err(error) => Err(error.to_string()),
-            Ok(_) => server::recorded_flags(&config.db_dir).map_err(|error| error.to_string()),
+            Err(error) => Err(NotAsked::for_now(error)),
+            Ok(_) => server::recorded_flags(&config.db_dir).map_err(NotAsked::for_now),
         };
-        let cluster = || Err("this release cannot ask it before joining".to_owned());
+        let cluster = || ask_cluster(config, Arc::new(server::Network));
         let sources = Sources { on_disk, disk: &disk, cluster: &cluster, named: server_named };
         admin::check::check(config, &sources)
     }

@@ -7,13 +7,19 @@
 //!
 //! Whether the configuration is right by itself (`config`), reading a datastore that nobody runs on (`server`).
 
+use std::sync::Arc;
+
 use bytes::Bytes;
+use thiserror::Error;
 
 use super::AdminError;
 use super::client::{self, Connection, ConnectionError};
-use crate::config::{Config, Problems};
+use crate::config::{Config, Problems, Start, TokenSource};
 use crate::critical::{CriticalFlags, FlagsError, gate};
-use crate::join::{OnDisk, Plan, PlanError, start_plan};
+use crate::env::host;
+use crate::join::enrol::{Dial, is_own};
+use crate::join::token::{ObtainError, obtain};
+use crate::join::{Enrolment, Identity, JoinError, Plan, PlanError, start_plan};
 use crate::proto::node::FlagsRequest;
 use crate::proto::node::admin_client::AdminClient;
 
@@ -42,9 +48,38 @@ pub enum Compared {
     Unavailable {
         /// What was asked.
         source: String,
-        /// What it said.
-        reason: String,
+        /// Why not.
+        reason: NotAsked,
     },
+}
+
+/// Why a record cannot be had.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("{text}")]
+pub struct NotAsked {
+    /// In words, with what to do.
+    pub text: String,
+    /// A start with this configuration would end the same way, as with a wrong token.
+    pub certain: bool,
+}
+
+impl NotAsked {
+    /// Asking again may help.
+    pub fn for_now(error: impl ToString) -> Self {
+        Self { text: error.to_string(), certain: false }
+    }
+}
+
+impl From<JoinError> for NotAsked {
+    fn from(error: JoinError) -> Self {
+        Self { text: format!("{error}\n  fix: {}", error.remedy()), certain: !error.may_pass() }
+    }
+}
+
+impl From<ObtainError> for NotAsked {
+    fn from(error: ObtainError) -> Self {
+        Self { text: format!("{error}\n  fix: {}", error.remedy()), certain: true }
+    }
 }
 
 impl Verdict {
@@ -57,7 +92,8 @@ impl Verdict {
     pub fn is_configuration(&self) -> bool {
         let differ = match &self.flags {
             Compared::With { result: Err(error), .. } => error.is_configuration(),
-            Compared::With { .. } | Compared::Nothing(_) | Compared::Unavailable { .. } => false,
+            Compared::Unavailable { reason, .. } => reason.certain,
+            Compared::With { .. } | Compared::Nothing(_) => false,
         };
         self.plan.is_err() || differ
     }
@@ -74,13 +110,16 @@ impl Compared {
     }
 }
 
-/// What the record was taken from, and the record.
-pub type Source<'a> = &'a dyn Fn() -> Result<Option<Bytes>, String>;
+/// A record as it is carried.
+pub type Record = Result<Option<Bytes>, NotAsked>;
+
+/// A place where one can be had.
+pub type Source<'a> = &'a dyn Fn() -> Record;
 
 /// Where records can be had.
 pub struct Sources<'a> {
     /// `node.json` of this host.
-    pub on_disk: Option<OnDisk>,
+    pub on_disk: Option<Identity>,
     /// Reads the record from a datastore on which nobody runs, without writing to it. `None`: it holds none.
     pub disk: Source<'a>,
     /// Proves the token to the server that `server` names, and gets the record. `None`: that cluster has none yet.
@@ -91,7 +130,7 @@ pub struct Sources<'a> {
 
 /// See the module documentation.
 pub fn check(config: &Config, sources: &Sources<'_>) -> Verdict {
-    let plan = start_plan(sources.on_disk, config);
+    let plan = start_plan(sources.on_disk.as_ref(), config);
     let flags = compare(config, sources, plan.is_ok());
     Verdict { plan, flags }
 }
@@ -121,7 +160,7 @@ fn compare(config: &Config, sources: &Sources<'_>, can_join: bool) -> Compared {
     }
 }
 
-fn outcome(own: &CriticalFlags, source: String, record: Result<Option<Bytes>, String>) -> Compared {
+fn outcome(own: &CriticalFlags, source: String, record: Record) -> Compared {
     match record {
         Err(reason) => Compared::Unavailable { source, reason },
         Ok(None) => Compared::Nothing("the cluster has not recorded its flags yet"),
@@ -135,7 +174,7 @@ fn outcome(own: &CriticalFlags, source: String, record: Result<Option<Bytes>, St
 }
 
 /// What the server that runs here says. `None`: none runs, so the disk may be read.
-fn running(config: &Config) -> Option<(String, Result<Option<Bytes>, String>)> {
+fn running(config: &Config) -> Option<(String, Record)> {
     let connection = Connection::of(config);
     let asked = client::block_on(async {
         let channel = connection.open().await?;
@@ -149,9 +188,36 @@ fn running(config: &Config) -> Option<(String, Result<Option<Bytes>, String>)> {
         Ok(Err(AdminError::Connection(
             ConnectionError::Unreachable(_) | ConnectionError::Files(_),
         ))) => None,
-        Ok(Err(error)) => Some((source, Err(error.to_string()))),
-        Err(error) => Some((source, Err(error.to_string()))),
+        Ok(Err(error)) => Some((source, Err(NotAsked::for_now(error)))),
+        Err(error) => Some((source, Err(NotAsked::for_now(error)))),
     }
+}
+
+/// Proves the token to the server that `server` names, and takes the record out of what it hands over. Nothing is kept.
+pub fn ask_cluster(config: &Config, dial: Arc<dyn Dial>) -> Record {
+    let (Start::Join(server), Some(source)) = (&config.start, &config.token) else {
+        return Err(NotAsked {
+            text: "server and token are both needed".to_owned(),
+            certain: true,
+        });
+    };
+    if let TokenSource::File(path) = source
+        && !path.exists()
+    {
+        // A start waits for it; a check tells.
+        return Err(NotAsked::for_now(format!("there is no token in {} yet", path.display())));
+    }
+    let (listens, local) =
+        (config.peer_listen.addresses(&config.node_ips), config.node_ips.clone());
+    let asked = client::block_on(async {
+        let env = host::env();
+        let token = obtain(&env, source).await?;
+        let is_own = Box::new(move |address| is_own(address, &listens, &local));
+        let enrolment = Enrolment { env, dial, server: server.clone(), token, is_own };
+        let enrolled = enrolment.attempt().await?;
+        Ok((!enrolled.flags.is_empty()).then_some(enrolled.flags))
+    });
+    asked.unwrap_or_else(|error| Err(NotAsked::for_now(error)))
 }
 
 #[cfg(test)]
@@ -161,10 +227,15 @@ mod tests {
 
     use super::*;
     use crate::config::{Host, Paths, Request, resolve};
+    use crate::join::Phase;
     use crate::types::{ClusterId, NodeId};
 
-    const DISK: Option<OnDisk> =
-        Some(OnDisk { cluster: ClusterId::new(1), node: NodeId::new(2), joining: false });
+    const DISK: Option<Identity> = Some(Identity {
+        cluster: ClusterId::new(1),
+        node: NodeId::new(2),
+        epoch: 1,
+        phase: Phase::Member,
+    });
 
     /// Nothing listens on port 1 of loopback.
     const NOBODY: &str = "db-dir: /nowhere\ninsecure-http: true\nclient-listen: 127.0.0.1:1\n";
@@ -187,7 +258,7 @@ mod tests {
 
     fn verdict(
         text: &str,
-        on_disk: Option<OnDisk>,
+        on_disk: Option<Identity>,
         named: bool,
         local: &str,
         remote: &str,
@@ -239,7 +310,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_asked_is_neither_good_nor_the_configurations_fault() {
-        let disk = || Err("permission denied".to_owned());
+        let disk = || Err(NotAsked::for_now("permission denied"));
         let cluster = || panic!("nobody asked for that");
         let sources = Sources { on_disk: DISK, disk: &disk, cluster: &cluster, named: false };
         let verdict = check(&config(""), &sources);

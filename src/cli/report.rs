@@ -93,7 +93,7 @@ fn compared(compared: &Compared) -> Json {
     match compared {
         Compared::Nothing(why) => json!({ "equal": null, "reason": why }),
         Compared::Unavailable { source, reason } => {
-            json!({ "equal": null, "with": source, "reason": reason })
+            json!({ "equal": null, "with": source, "reason": reason.text })
         }
         Compared::With { source, result } => {
             let mismatches = match result {

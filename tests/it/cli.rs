@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
 use expect_test::expect;
-use k3s_server::admin::check::{Compared, Verdict};
+use k3s_server::admin::check::{Compared, NotAsked, Verdict};
 use k3s_server::admin::client::Connection;
 use k3s_server::admin::{self, Action};
 use k3s_server::cli::{self, Exit, Failure, Format, Programs, WalArguments, World, arguments};
@@ -310,7 +310,10 @@ fn check_that_cannot_ask_is_a_failure_and_not_the_configurations_fault() {
     let mut place = Place::new("");
     place.programs.verdict = Some(|config| Verdict {
         plan: start_plan(None, config),
-        flags: Compared::Unavailable { source: "pi-1".to_owned(), reason: "refused".to_owned() },
+        flags: Compared::Unavailable {
+            source: "pi-1".to_owned(),
+            reason: NotAsked::for_now("refused"),
+        },
     });
     let outcome = place.run(&["check"]);
 
