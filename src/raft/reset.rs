@@ -124,11 +124,13 @@ fn retire(node: NodeId, by: &Member) -> Command {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+    use std::sync::Arc;
     use std::time::{Duration, Instant};
 
     use bytes::Bytes;
 
     use super::super::tests::{OPTIONS, open_as};
+    use super::super::transport::NoPeers;
     use super::super::{Node, Parts, Role};
     use super::*;
     use crate::apply;
@@ -176,6 +178,7 @@ mod tests {
             wal,
             store,
             followers: vec![],
+            transport: Arc::new(NoPeers),
         };
         let node = Node::start(parts, &OPTIONS).await.unwrap();
         node.elect_if_alone().await.unwrap();
