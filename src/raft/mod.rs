@@ -46,6 +46,8 @@ mod types;
 mod wire;
 
 #[cfg(test)]
+mod serving_tests;
+#[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
