@@ -180,7 +180,7 @@ fn snapshot_of(view: ReadTxn) -> io::Result<Snapshot> {
         last_log_id: view.applied().map(types::raft_log_id),
         last_membership: stored_membership(&view)?,
     };
-    Ok(Snapshot { meta, snapshot: SnapshotData::Moment(view) })
+    Ok(Snapshot { meta, snapshot: SnapshotData::Moment(Box::new(view)) })
 }
 
 impl RaftStateMachine<TypeConfig> for StateMachine {
@@ -225,7 +225,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let received = match snapshot {
             SnapshotData::Received(received) => received,
             SnapshotData::Moment(view) => {
-                snapshot::copy(view, &self.store).await.map_err(io::Error::other)?
+                snapshot::copy(*view, &self.store).await.map_err(io::Error::other)?
             }
         };
         // Entries that the snapshot contradicts were cut off the log before this call. That must survive if the new
