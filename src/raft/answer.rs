@@ -8,7 +8,7 @@
 //!
 //! # Not here
 //!
-//! Reads, writes and changes of members that other nodes send on: `forward`. Joining and leases: the assembly.
+//! Reads, writes and changes of members that other nodes send on: `read`, `forward`, `change`. Joining and leases: the assembly.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -43,7 +43,7 @@ impl Answer for Node {
                 Method::TransferLeader => node.answer_transfer(from, request).await,
                 Method::Following => node.answer_following(from, request).await,
                 Method::ReadIndex | Method::Propose | Method::ChangeMembers => {
-                    node.answer_forwarded(from, method, request).await
+                    node.answer_forwarded(method, request).await
                 }
                 Method::Hello | Method::Admit | Method::Lease => {
                     Err(Refused::NotReady(format!("raft does not answer {method:?}")))
@@ -120,18 +120,6 @@ impl Node {
         wire::caller(from, request.from_leader())?;
         let done = self.raft().handle_transfer_leader(request).await;
         done.map(|reply| wire::encode_transfer_reply(&reply)).map_err(|fatal| stopped(&fatal))
-    }
-
-    /// Whether this node has promised nothing to anybody newer than the caller.
-    async fn answer_following(&self, from: NodeId, request: Bytes) -> Result<Bytes, Refused> {
-        let leader = wire::decode_following(request)?;
-        wire::caller(from, &leader)?;
-        let follows = self
-            .raft()
-            .with_raft_state(move |state| state.vote_ref().leader_id == leader.leader_id)
-            .await
-            .map_err(|fatal| stopped(&fatal))?;
-        Ok(wire::encode_following_reply(follows))
     }
 
     fn answer_appends(

@@ -9,7 +9,8 @@
 //! - `log_store`, `state_machine`, `network`: what openraft asks of us, each a thin translation.
 //! - [`transport`]: the way to other nodes, as this module needs it. `wire` is what is said, `pipeline` and `snapshot` how
 //!   entries and whole states travel, `answer` the other end of all of it.
-//! - [`change`]: who is a member.
+//! - `forward`, `read`: writes and linearizable reads through any member.
+//! - [`change`]: who is a member; `duties` and `lead`: what a leader does about it by itself.
 //! - [`checkpoint`]: when the store is made durable and the log may forget.
 //!
 //! # Invariants
@@ -27,11 +28,16 @@ pub mod node;
 pub mod transport;
 
 mod answer;
+mod duties;
 mod forward;
+mod lead;
 mod log_store;
 mod network;
+mod outcome;
 mod pipeline;
 mod promise;
+mod quorum;
+mod read;
 pub mod runtime;
 mod snapshot;
 mod state_machine;
@@ -52,6 +58,7 @@ use crate::types::{ClusterId, LogId, LogIndex, NodeId, Revision, Term};
 
 pub use change::ChangeError;
 pub use node::{Node, Options, Parts, StartError, StopError};
+pub use quorum::QuorumNumbers;
 pub use stats::{Progress, Stats};
 
 /// Why a proposal has no outcome. Only `NoLeader` and `TooManyRequests` say that the command was not applied: they
@@ -107,6 +114,8 @@ pub struct Member {
     pub client_urls: Vec<String>,
     /// No vote yet.
     pub learner: bool,
+    /// The member whose vote it takes over when it has caught up: its own former self, whose promises are lost.
+    pub replaces: Option<NodeId>,
 }
 
 /// What a node is at the moment.
@@ -144,6 +153,19 @@ pub struct Status {
     pub applied: LogIndex,
     /// All members.
     pub members: Vec<Member>,
+}
+
+impl Status {
+    /// How many members vote.
+    pub fn voters(&self) -> usize {
+        self.members.iter().filter(|member| !member.learner).count()
+    }
+
+    /// Whether an even number votes: it bears the loss of no more than one fewer would, and has one more card to lose.
+    pub fn has_even_voters(&self) -> bool {
+        let voters = self.voters();
+        0 < voters && voters.is_multiple_of(2)
+    }
 }
 
 /// What a batch of applied entries did, for those who follow the store.
