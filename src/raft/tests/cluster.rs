@@ -124,7 +124,7 @@ impl Cluster {
         let disk = self.peers.get(&id).map(|peer| peer.disk.clone());
         let disk = disk.unwrap_or_else(|| FaultDisk::with_dir(Path::new(DIR)));
         let env = env(&disk, id.get());
-        let (wal, store) = open(&env, id, self.wal_options.clone()).await;
+        let (wal, store) = open(&env, id, self.wal_options).await;
         let parts = Parts {
             env,
             cluster: CLUSTER,
