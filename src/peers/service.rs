@@ -276,10 +276,8 @@ mod tests {
         ];
         for (standing, refused) in out {
             for method in Method::ALL {
-                let expected = match method {
-                    Method::Hello | Method::Admit => Ok(()),
-                    _ => Err(refused.clone()),
-                };
+                let is_open = [Method::Hello, Method::Admit].contains(method);
+                let expected = if is_open { Ok(()) } else { Err(refused.clone()) };
                 assert_eq!(admit(standing.clone(), *method), expected, "{method:?}");
             }
             assert_eq!(admit_to_all(standing), Err(refused));

@@ -5,7 +5,7 @@ use std::task::{Context, Poll};
 
 use hyper_util::rt::TokioIo;
 use k3s_server::peers::join;
-use k3s_server::pki::{self, Caller, CertificateClock, Paths, Port, Role};
+use k3s_server::pki::{self, Caller, CertificateClock, Names, Paths, Port, Role};
 use k3s_server::proto::node::join_client::JoinClient;
 use k3s_server::proto::node::join_server::{Join, JoinServer};
 use k3s_server::proto::node::peers_client::PeersClient;
@@ -13,6 +13,7 @@ use k3s_server::proto::node::{
     BeginReply, BeginRequest, Envelope, FinishReply, FinishRequest, IntroduceReply,
     IntroduceRequest,
 };
+use k3s_server::raft::transport::{Method, Transport};
 use rustls::ClientConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -93,6 +94,23 @@ async fn both_ends_of_a_join_share_a_binding_and_see_the_authority() {
         assert_eq!((identity.cluster, identity.role, identity.node), (CLUSTER, Role::Peer, id(1)));
     }
     assert_ne!(bindings[0], bindings[1]);
+}
+
+#[tokio::test]
+async fn a_renewed_certificate_is_used_at_both_doors_without_a_restart() {
+    let cluster = Cluster::new();
+    let (node, other) = (cluster.node(1).await, cluster.node(2).await);
+    let old = join::connect(node.address).await.unwrap().chain;
+    let mut names = Names::loopback();
+    names.add("pi-1.example").unwrap();
+    assert!(!node.pki.renew(&names).await.unwrap().is_empty());
+    assert!(!other.pki.renew(&names).await.unwrap().is_empty());
+
+    let new = join::connect(node.address).await.unwrap().chain;
+    assert_ne!(old[0], new[0]);
+    assert_eq!(old[1], new[1]);
+    let reply = other.peers.call(&node.member(), Method::Vote, "x".into(), SOON).await;
+    assert_eq!(reply, Ok("x".into()));
 }
 
 #[tokio::test]

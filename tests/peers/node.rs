@@ -163,9 +163,7 @@ pub struct Echo {
     pub visitors: Mutex<Vec<Visitor>>,
     /// Said to every call instead of an answer.
     pub refusal: Mutex<Option<Refused>>,
-    /// `Method::ReadIndex` waits for this for ever.
-    pub never: Notify,
-    /// `Method::ReadIndex` has begun.
+    /// [`HANG`] was asked for.
     pub waiting: Notify,
     /// Streams are read only while this is true.
     pub reads: watch::Sender<bool>,
@@ -180,7 +178,6 @@ impl Default for Echo {
             calls: Mutex::default(),
             visitors: Mutex::default(),
             refusal: Mutex::default(),
-            never: Notify::new(),
             waiting: Notify::new(),
             reads: watch::Sender::new(true),
             ends: watch::Sender::default(),
@@ -198,7 +195,7 @@ impl Echo {
     }
 }
 
-/// What a call asks of [`Echo`]; the rest it echoes.
+/// Never answered; everything else is echoed.
 pub const HANG: Method = Method::ReadIndex;
 
 impl Answer for Echo {
