@@ -129,7 +129,7 @@ fn announcement(member: &Member) -> Bytes {
         id: member.id.get(),
         name: member.name.clone(),
         peer_urls: member.peer_urls.clone(),
-        client_urls: Vec::new(),
+        ..wire::Member::default()
     };
     message.encode_to_vec().into()
 }

@@ -1,5 +1,7 @@
 //! The node on a real disk: openraft's own conformance suite on our log and store, and the life of one voter.
 
+mod wire;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,6 +16,7 @@ use super::checkpoint::{CheckpointMark, Policy};
 use super::log_store::LogStore;
 use super::state_machine::StateMachine;
 use super::stats::Counters;
+use super::transport::NoPeers;
 use super::types::TypeConfig;
 use super::{Member, Node, Options, Parts, Role};
 use crate::apply::Reply;
@@ -68,8 +71,14 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
         let mark = Arc::new(CheckpointMark::new(Some(everything)));
         let (notes, _) = mpsc::unbounded_channel();
         let counters = Counters::new(host::env().clock, Duration::from_secs(1), LogIndex::new(0));
-        let machine =
-            StateMachine::new(store, Arc::clone(&mark), vec![], notes, Arc::new(counters));
+        let machine = StateMachine::new(
+            store,
+            wal.clone(),
+            Arc::clone(&mark),
+            vec![],
+            notes,
+            Arc::new(counters),
+        );
         Ok((dir, LogStore::new(wal, mark), machine))
     }
 }
@@ -90,6 +99,7 @@ async fn start(dir: &Path) -> Node {
         wal,
         store,
         followers: vec![],
+        transport: Arc::new(NoPeers),
     };
     let node = Node::start(parts, &OPTIONS).await.unwrap();
     node.found(&member).await.unwrap();

@@ -18,6 +18,7 @@ use super::membership::NodeMembership;
 use super::{backup, supervise};
 use crate::announce;
 use crate::config::{Config, Loaded, Quota, Severity};
+use crate::critical::CriticalFlags;
 use crate::env::{Env, host};
 use crate::etcd::{self, Api, Leases, ServeError, Settings};
 use crate::events::{EventId, fields};
@@ -29,6 +30,7 @@ use crate::observe::http::{self, Version};
 use crate::observe::logging::{self, Logging, LoggingError};
 use crate::pki::{Names, NamesError, Owner, Pki, PkiError, Port, Role as CertificateRole};
 use crate::raft::checkpoint::Policy;
+use crate::raft::transport::NoPeers;
 use crate::raft::{self, Member, Node, Parts, StartError, StopError};
 use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
 use crate::types::ByteCount;
@@ -192,7 +194,7 @@ async fn start(
     let serving = live.serve(env, settings, metrics, clients, observers, &stopping);
     serving_latch.set();
 
-    let Live { node, hub, leases } = live;
+    let Live { node, hub, leases, .. } = live;
     let mut background = vec![
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
         tokio::spawn(supervise::report_status(node.clone(), notifier)),
@@ -246,6 +248,7 @@ struct Live {
     node: Node,
     hub: Hub,
     leases: Arc<Leases>,
+    flags: Arc<CriticalFlags>,
 }
 
 impl Live {
@@ -259,7 +262,8 @@ impl Live {
         let hub = Hub::new(revision, WatchLimits::default());
         let leases = Arc::new(Leases::new(Arc::clone(&env.clock), &dir.store)?);
         let node = start_node(config, env, dir, member, &hub, &leases).await?;
-        Ok(Self { node, hub, leases })
+        let flags = Arc::new(CriticalFlags::of(config));
+        Ok(Self { node, hub, leases, flags })
     }
 
     /// Serves clients and health checks until `stopping`.
@@ -310,6 +314,7 @@ impl Live {
             backup: backup::source(node.clone()),
             defragment: supervise::defragment(node.clone()),
             settings,
+            flags: Arc::clone(&self.flags),
         }
     }
 }
@@ -423,6 +428,7 @@ fn member(config: &Config, dir: &DataDir, clients: &[SocketAddr]) -> Member {
         peer_urls: urls("https", &config.peer_listen.addresses(&config.node_ips)),
         client_urls: urls(scheme, clients),
         learner: false,
+        replaces: None,
     }
 }
 
@@ -444,6 +450,7 @@ async fn start_node(
             Arc::new(Watchers(hub.clone())),
             Arc::new(LeaseClocks { leases: Arc::clone(leases), store: dir.store.clone() }),
         ],
+        transport: Arc::new(NoPeers),
     };
     let election_min = config.etcd.election_timeout.unwrap_or(ELECTION_MIN);
     let options = raft::Options {
