@@ -72,6 +72,20 @@ events! {
     /// There is no leader; writes wait.
     LeaderLost = 0x0cc445a7fbf44b31be27b4a8600f8a9d, WARN,
         "check that a majority of the servers is running and that port 2380 is reachable between them";
+    /// Somebody became a member, got a vote, changed address or left.
+    MembersChanged = 0xfa4b21403b6c4ce78bb1e8138fcc974d, INFO;
+    /// A change of members would have left too few that answer.
+    ChangeRefused = 0xfd0a4ce0b96b456b8fe51e770c666a05, WARN,
+        "bring the servers that do not answer back first (`k3s-server member list` names them), or remove one of those instead";
+    /// An even number of servers votes.
+    EvenVoters = 0x8145e432337d4451bced691939d90235, WARN,
+        "add one more server, or remove one: three bear the loss of one, five of two";
+    /// A joining node made no progress and was removed.
+    LearnerGivenUp = 0xddff2bd9799e48fb87834ce6657e5098, WARN,
+        "look at the journal of that node; when it runs and reaches port 2380 of the others, it joins again by itself under a new id";
+    /// A leader let another node lead, because its own card hangs.
+    LeaderHandedOver = 0x48e1df866078482aaf692228b4ece67f, WARN,
+        "look for `mmc` errors in `journalctl -k` on this node; if its card pauses like this again, replace it";
     /// The node serves.
     Ready = 0xd997da6130b745d6af392af6d8f1ca03, INFO;
     /// The node has begun to stop.

@@ -7,7 +7,8 @@
 //!
 //! - [`Node`]: the handle. [`node`] puts openraft, the log and the store together.
 //! - `log_store`, `state_machine`, `network`: what openraft asks of us, each a thin translation.
-//! - [`change`]: who is a member.
+//! - `forward`, `read`: writes and linearizable reads through any member.
+//! - [`change`]: who is a member; `duties` and `lead`: what a leader does about it by itself.
 //! - [`checkpoint`]: when the store is made durable and the log may forget.
 //!
 //! # Invariants
@@ -23,8 +24,14 @@ pub mod node;
 
 pub mod transport;
 
+mod duties;
+mod forward;
+mod lead;
 mod log_store;
 mod network;
+mod outcome;
+mod quorum;
+mod read;
 pub mod runtime;
 mod state_machine;
 mod stats;
@@ -43,6 +50,7 @@ use crate::types::{ClusterId, LogId, LogIndex, NodeId, Revision, Term};
 
 pub use change::ChangeError;
 pub use node::{Node, Options, Parts, StartError, StopError};
+pub use quorum::QuorumNumbers;
 pub use stats::Stats;
 
 /// Why a proposal has no outcome. Only `NoLeader` and `TooManyRequests` say that the command was not applied: they
@@ -98,6 +106,8 @@ pub struct Member {
     pub client_urls: Vec<String>,
     /// No vote yet.
     pub learner: bool,
+    /// The member whose vote it takes over when it has caught up: its own former self, whose promises are lost.
+    pub replaces: Option<NodeId>,
 }
 
 /// What a node is at the moment.
@@ -135,6 +145,19 @@ pub struct Status {
     pub applied: LogIndex,
     /// All members.
     pub members: Vec<Member>,
+}
+
+impl Status {
+    /// How many members vote.
+    pub fn voters(&self) -> usize {
+        self.members.iter().filter(|member| !member.learner).count()
+    }
+
+    /// Whether an even number votes: it bears the loss of no more than one fewer would, and has one more card to lose.
+    pub fn has_even_voters(&self) -> bool {
+        let voters = self.voters();
+        0 < voters && voters.is_multiple_of(2)
+    }
 }
 
 /// What a batch of applied entries did, for those who follow the store.

@@ -213,6 +213,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         self.store.restore(&mut stream.as_slice()).await.map_err(io::Error::other)?;
         if let Some(last) = &meta.last_log_id {
             self.checkpoint.raise(types::log_id(last));
+            self.counters.applied.send_replace(types::log_id(last).index);
         }
         let revision = self.store.read().map_err(io::Error::other)?.revision();
         for follower in &self.followers {

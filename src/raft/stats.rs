@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
+
 use crate::apply::Operations;
 use crate::env::Clock;
 use crate::metrics::{COUNTS, Histogram, MICROS, Observations};
@@ -52,6 +54,8 @@ pub(super) struct Counters {
     slow_read: Duration,
     /// Entries before this one were in the log at the start.
     replay_end: LogIndex,
+    /// The last entry in the store.
+    pub(super) applied: watch::Sender<LogIndex>,
     pub(super) leader_changes: AtomicU64,
     pub(super) checkpoints_failed: AtomicU64,
     proposals_pending: AtomicU64,
@@ -85,6 +89,7 @@ impl Counters {
             clock,
             slow_read,
             replay_end,
+            applied: watch::Sender::new(LogIndex::new(0)),
             leader_changes: AtomicU64::default(),
             checkpoints_failed: AtomicU64::default(),
             proposals_pending: AtomicU64::default(),
@@ -139,6 +144,7 @@ impl Counters {
         let took = self.since(start);
         self.apply_entries.observe(entries);
         self.apply_micros.observe_micros(took);
+        self.applied.send_replace(last);
         if SLOW_APPLY < took {
             self.slow_applies.fetch_add(1, Relaxed);
         }

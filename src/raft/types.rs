@@ -89,6 +89,8 @@ pub struct Contact {
     pub(super) name: String,
     pub(super) peer_urls: Vec<String>,
     pub(super) client_urls: Vec<String>,
+    /// As in [`Member`]; 0 for nobody.
+    pub(super) replaces: u64,
 }
 
 impl Contact {
@@ -97,6 +99,7 @@ impl Contact {
             name: member.name.clone(),
             peer_urls: member.peer_urls.clone(),
             client_urls: member.client_urls.clone(),
+            replaces: member.replaces.map_or(0, NodeId::get),
         }
     }
 
@@ -107,6 +110,7 @@ impl Contact {
             peer_urls: self.peer_urls.clone(),
             client_urls: self.client_urls.clone(),
             learner,
+            replaces: (self.replaces != 0).then(|| NodeId::new(self.replaces)),
         }
     }
 }
@@ -157,6 +161,33 @@ pub(super) fn raft_vote(vote: Vote) -> RaftVote {
     }
 }
 
+/// Who led in a term, as openraft names it.
+pub(super) fn leadership(term: Term, leader: NodeId) -> CommittedLeaderIdOf<TypeConfig> {
+    CommittedLeaderIdOf::<TypeConfig>::new(term.get(), leader.get())
+}
+
+pub(super) fn wire_member(member: &Member) -> wire::Member {
+    wire::Member {
+        id: member.id.get(),
+        name: member.name.clone(),
+        peer_urls: member.peer_urls.clone(),
+        client_urls: member.client_urls.clone(),
+        replaces: member.replaces.map_or(0, NodeId::get),
+    }
+}
+
+/// A member on its way: whether it votes is not its own to say.
+pub(super) fn member_from_wire(member: wire::Member) -> Member {
+    Member {
+        id: NodeId::new(member.id),
+        name: member.name,
+        peer_urls: member.peer_urls,
+        client_urls: member.client_urls,
+        learner: true,
+        replaces: (member.replaces != 0).then(|| NodeId::new(member.replaces)),
+    }
+}
+
 pub(super) fn wire_log_id(id: LogId) -> wire::LogId {
     wire::LogId { term: id.term.get(), leader: id.leader.get(), index: id.index.get() }
 }
@@ -182,6 +213,7 @@ pub(super) fn wire_membership(membership: &Membership) -> wire::Membership {
             name: member.name.clone(),
             peer_urls: member.peer_urls.clone(),
             client_urls: member.client_urls.clone(),
+            replaces: member.replaces,
         })
         .collect();
     wire::Membership { configs, members }
@@ -198,6 +230,7 @@ pub(super) fn membership_from_wire(wire: wire::Membership) -> Result<Membership,
                 name: member.name,
                 peer_urls: member.peer_urls,
                 client_urls: member.client_urls,
+                replaces: member.replaces,
             };
             (member.id, contact)
         })

@@ -424,6 +424,7 @@ fn member(config: &Config, dir: &DataDir, clients: &[SocketAddr]) -> Member {
         peer_urls: urls("https", &config.peer_listen.addresses(&config.node_ips)),
         client_urls: urls(scheme, clients),
         learner: false,
+        replaces: None,
     }
 }
 

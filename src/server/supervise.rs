@@ -11,6 +11,7 @@ use crate::announce;
 use crate::command::Command;
 use crate::etcd::Defragment;
 use crate::events::{EventId, fields};
+use crate::limits;
 use crate::mvcc::Fault;
 use crate::mvcc::ballast::Space;
 use crate::pki::{Issued, Names, Pki};
@@ -27,9 +28,6 @@ const SLOW_BARRIER: Duration = Duration::from_secs(3);
 
 /// How long changing an alarm may take.
 const ALARM_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// A card that has not answered for so long will not: the node exits, and systemd starts it again.
-const HUNG_BARRIER: Duration = Duration::from_secs(20);
 
 /// Tells what opening the data directory found.
 pub(super) fn announce_opened(dir: &DataDir) {
@@ -169,7 +167,7 @@ pub(super) async fn watch_failures(node: Node, shutdown: Shutdown) {
             }
             () = node.env().clock.sleep(TICK) => {
                 let stalled = node.wal().stats().stalled_for.unwrap_or_default();
-                if HUNG_BARRIER <= stalled {
+                if limits::CARD_HUNG_EXIT <= stalled {
                     let seconds = stalled.as_secs();
                     let reason = format!("the card has not answered a write barrier for {seconds} s");
                     announce!(EventId::BarrierFailed, "{reason}");

@@ -18,7 +18,7 @@ use std::mem;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select};
 use tokio::sync::{Notify, oneshot};
@@ -208,6 +208,17 @@ impl Wal {
     /// Bytes of frames and segment headers written since the log was opened: [`Stats::bytes_written`] alone.
     pub fn bytes_written(&self) -> u64 {
         self.shared.counters.bytes_written.load(Ordering::Relaxed)
+    }
+
+    /// How long the running barrier has kept everybody waiting: [`Stats::stalled_for`] alone.
+    pub fn stalled_for(&self) -> Option<Duration> {
+        let now = self.shared.env.clock.now();
+        self.shared.lock().batcher.stalled_since().map(|since| now.duration_since(since))
+    }
+
+    /// Bytes that wait in memory for the running barrier.
+    pub fn waiting_bytes(&self) -> u64 {
+        self.shared.lock().batcher.waiting_bytes()
     }
 
     /// What the log has done to the card so far.
