@@ -384,7 +384,7 @@ impl Node {
         deadline: Instant,
         named: &mut Option<NodeId>,
     ) -> Result<(), ChangeError> {
-        let timeout_millis = millis_until(Instant::now(), deadline);
+        let timeout_millis = millis_until(self.env().clock.now(), deadline);
         let request = wire::ChangeMembersRequest { change: Some(asked(change)), timeout_millis };
         let timeout = Duration::from_millis(timeout_millis);
         let request = request.encode_to_vec().into();
@@ -506,7 +506,7 @@ impl Node {
     pub(super) async fn retire(&self, id: NodeId, reason: String) {
         let retire = cluster_change::Change::Retire(wire::Retire { node: id.get(), reason });
         let command = Command::Cluster(wire::ClusterChange { change: Some(retire) });
-        if let Err(error) = self.propose(command, Instant::now() + RETIRE).await {
+        if let Err(error) = self.propose(command, self.env().clock.now() + RETIRE).await {
             tracing::warn!(node = %id, %error, "the end of a member is not written down yet");
         }
     }

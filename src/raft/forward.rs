@@ -309,7 +309,7 @@ impl Node {
 
     /// One try at the leader.
     async fn forward(&self, leader: &Member, encoded: &Encoded, deadline: Instant) -> Attempt {
-        let timeout_millis = millis_until(Instant::now(), deadline);
+        let timeout_millis = millis_until(self.env().clock.now(), deadline);
         let request = wire::ProposeRequest { command: encoded.bytes().clone(), timeout_millis };
         let timeout = Duration::from_millis(timeout_millis);
         let request = request.encode_to_vec().into();

@@ -141,6 +141,7 @@ impl Machine {
             peer_urls: vec![format!("https://pi-{}:2380", self.id)],
             client_urls: vec![format!("https://pi-{}:2379", self.id)],
             learner: false,
+            ..Member::default()
         }
     }
 
