@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use k3s_server::env::{BoxFuture, Disk, DiskFile, Open};
-use k3s_server::testkit::disk::{SyncDelay, random};
+use k3s_server::testkit::disk::{Fate, SyncDelay, random};
 use k3s_server::testkit::{FaultDisk, Random};
 use k3s_server::types::LogId;
 use k3s_server::wal::format::{BLOCK, SlotHeader, decode_frame};
@@ -101,7 +101,14 @@ impl Card {
         speed.stalled_until = speed.stalled_until.max(until);
     }
 
-    /// The power goes and comes back.
+    /// The power goes and comes back, and nothing that no barrier has covered is there.
+    pub(crate) fn power_cut_losing_everything(&self) {
+        self.disk.power_cut(|_| Fate::LOST);
+        lock(&self.speed).stalled_until = tokio::time::Instant::now();
+        self.arm();
+    }
+
+    /// The power goes and comes back. What no barrier has covered is lost, there, or half there.
     pub(crate) fn power_cut(&self, random_fate: Random) {
         self.disk.power_cut(random(random_fate));
         lock(&self.speed).stalled_until = tokio::time::Instant::now();
@@ -158,7 +165,7 @@ impl Card {
     /// A copy of the whole card as it would be found after pulling it out now.
     pub(crate) fn image(&self) -> FaultDisk {
         let copy = self.disk.fork();
-        copy.power_cut(|_| k3s_server::testkit::disk::Fate::LOST);
+        copy.power_cut(|_| Fate::LOST);
         copy
     }
 

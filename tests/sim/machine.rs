@@ -210,6 +210,14 @@ impl Machine {
         self.settle(true);
     }
 
+    /// The power goes, and nothing that no barrier has covered is there afterwards.
+    pub(crate) fn power_cut_losing_everything(&self) {
+        if self.end("hard power cut") {
+            self.card.power_cut_losing_everything();
+            self.settle(true);
+        }
+    }
+
     /// The process is killed.
     pub(crate) fn kill(&self) {
         if self.end("kill") {

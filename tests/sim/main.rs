@@ -19,6 +19,7 @@ mod panics;
 mod partition;
 mod promises;
 mod run;
+mod scenarios;
 mod world;
 
 use std::process::ExitCode;

@@ -55,17 +55,28 @@ where
         let world = World::new(seed, watch.keep_trace, watch.echo);
         crate::panics::report_to(&world);
         let output = body(world.clone()).await;
+        world.end();
         (world, output)
     })
 }
 
 /// The run of one seed.
 pub(crate) fn seed(seed: u64, duration: Duration, watch: Watch) -> Report {
-    let (world, mut report) = simulate(seed, watch, |world| whole(world, duration));
-    (report.fingerprint, report.lines) = world.fingerprint();
-    report.violation = world.first_violation();
-    report.trace = world.kept_trace();
-    report
+    let (world, report) = simulate(seed, watch, |world| whole(world, duration));
+    Report { counts: report.counts, checked: report.checked, done: report.done, messages: report.messages, ..self::report(&world) }
+}
+
+/// What every run tells of its world.
+pub(crate) fn report(world: &World) -> Report {
+    let (fingerprint, lines) = world.fingerprint();
+    Report {
+        violation: world.first_violation(),
+        fingerprint,
+        lines,
+        simulated: world.ended(),
+        trace: world.kept_trace(),
+        ..Report::default()
+    }
 }
 
 async fn whole(world: World, duration: Duration) -> Report {
@@ -94,7 +105,6 @@ async fn whole(world: World, duration: Duration) -> Report {
     {
         world.violation(|| what);
     }
-    report.simulated = world.elapsed();
     report.counts = history.counts();
     report.checked = cluster.around.oracle.checked();
     report.messages = cluster.around.network.messages();

@@ -29,6 +29,7 @@ struct State {
     random: Random,
     trace: Trace,
     violation: Option<String>,
+    ended: Duration,
 }
 
 /// The lines, hashed, and kept if somebody wants to read them.
@@ -45,7 +46,7 @@ impl World {
         let trace = Trace { hash: 0xcbf2_9ce4_8422_2325, lines: 0, kept: keep.then(String::new), echo };
         Self(Arc::new(Inner {
             start: tokio::time::Instant::now(),
-            state: Mutex::new(State { random: Random::new(seed), trace, violation: None }),
+            state: Mutex::new(State { random: Random::new(seed), trace, violation: None, ended: Duration::ZERO }),
             violated: watch::channel(false).0,
         }))
     }
@@ -53,6 +54,17 @@ impl World {
     /// Simulated time since the beginning.
     pub(crate) fn elapsed(&self) -> Duration {
         self.0.start.elapsed()
+    }
+
+    /// The run is over; its clock is about to go.
+    pub(crate) fn end(&self) {
+        let elapsed = self.elapsed();
+        self.lock().ended = elapsed;
+    }
+
+    /// How long the run was.
+    pub(crate) fn ended(&self) -> Duration {
+        self.lock().ended
     }
 
     /// A generator of its own for one part, so that parts do not disturb each other's chances.
