@@ -156,7 +156,9 @@ fn plan(change: &Change, roster: &Roster) -> Result<Option<Plan>, ChangeError> {
     match change {
         Change::AddLearner(member) => plan_learner(member, roster),
         Change::Update(member) => {
-            roster.find(member.id)?;
+            if Contact::of(roster.find(member.id)?) == Contact::of(member) {
+                return Ok(None);
+            }
             let nodes = BTreeMap::from([(member.id.get(), Contact::of(member))]);
             let words = format!("updating {}", roster.name(member.id));
             Ok(Some(Plan::new(ChangeMembers::SetNodes(nodes), words)))
@@ -242,9 +244,9 @@ fn is_visible(change: &Change, status: &Status) -> bool {
         Change::AddLearner(member) => find(member.id).is_some(),
         Change::Remove(id) => find(*id).is_none(),
         Change::Promote(id) => find(*id).is_some_and(|member| !member.learner),
-        Change::Update(wanted) => find(wanted.id).is_some_and(|member| {
-            member.peer_urls == wanted.peer_urls && member.client_urls == wanted.client_urls
-        }),
+        Change::Update(wanted) => {
+            find(wanted.id).is_some_and(|member| Contact::of(member) == Contact::of(wanted))
+        }
         Change::Replace { old, new } => {
             find(*old).is_none() && find(*new).is_some_and(|member| !member.learner)
         }
@@ -444,11 +446,10 @@ impl Node {
         }
         let Some(plan) = plan(change, &roster)? else { return Ok(()) };
         self.check(&plan, &roster).await?;
-        if let Some((leaving, _)) = &plan.retires
-            && *leaving == self.id()
-        {
-            // Another leader removes this one, and stays to write it down.
-            return self.step_aside(&roster).await.and(Err(ChangeError::NoLeader));
+        let leaves = plan.retires.as_ref().is_some_and(|(leaving, _)| *leaving == self.id());
+        // Better if another leader removes this one: it stays to write it down.
+        if leaves && self.step_aside(&roster).await.is_ok() {
+            return Err(ChangeError::NoLeader);
         }
         self.propose_members(plan.change, &roster).await?;
         announce!(EventId::MembersChanged, "members changed: {}", plan.words);
@@ -468,6 +469,9 @@ impl Node {
         }
         let Some(after) = &plan.voters else { return Ok(()) };
         let alive: BTreeSet<NodeId> = self.probe(roster).await.into_keys().collect();
+        if plan.ready.is_some_and(|id| !alive.contains(&id)) {
+            return Err(ChangeError::NotReady);
+        }
         let numbers = QuorumNumbers::of(plan.words.clone(), &roster.voters(), after, &alive);
         if !numbers.keeps_quorum() {
             announce!(
@@ -476,9 +480,6 @@ impl Node {
                 "members stay as they are: {numbers}"
             );
             return Err(ChangeError::QuorumLost(numbers));
-        }
-        if plan.ready.is_some_and(|id| !alive.contains(&id)) {
-            return Err(ChangeError::NotReady);
         }
         Ok(())
     }
@@ -620,4 +621,127 @@ fn read_reply(reply: wire::ChangeMembersReply) -> Result<(), ChangeError> {
         // The callee stops, this node does not; what became of the change is unknown.
         Ok(Answer::TimedOut | Answer::Stopped | Answer::Unknown) | Err(_) => ChangeError::TimedOut,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(id: u64) -> NodeId {
+        NodeId::new(id)
+    }
+
+    fn member(number: u64, learner: bool) -> Member {
+        Member { id: id(number), name: format!("pi-{number}"), learner, ..Member::default() }
+    }
+
+    /// Voters and learners.
+    fn roster(voters: &[u64], learners: &[u64]) -> Roster {
+        let all = voters.iter().map(|id| (*id, false)).chain(learners.iter().map(|id| (*id, true)));
+        Roster {
+            vote: Vote::default(),
+            settled: true,
+            joint: false,
+            members: all.map(|(id, learner)| member(id, learner)).collect(),
+            last_index: LogIndex::new(100),
+            log_id: None,
+        }
+    }
+
+    fn ids(ids: &[u64]) -> Option<BTreeSet<NodeId>> {
+        Some(ids.iter().copied().map(id).collect())
+    }
+
+    fn planned(change: &Change, roster: &Roster) -> Plan {
+        plan(change, roster).unwrap().unwrap()
+    }
+
+    #[test]
+    fn a_removal_retires_and_tells_which_voters_remain() {
+        let three = roster(&[1, 2, 3], &[4]);
+        let voter = planned(&Change::Remove(id(2)), &three);
+        assert_eq!(voter.change, ChangeMembers::RemoveVoters([2].into()));
+        assert_eq!((voter.voters, voter.words.as_str()), (ids(&[1, 3]), "removing pi-2"));
+        assert_eq!(voter.retires.unwrap().0, id(2));
+        let learner = planned(&Change::Remove(id(4)), &three);
+        assert_eq!(learner.change, ChangeMembers::RemoveNodes([4].into()));
+        assert_eq!(learner.voters, None, "nobody's majority changes");
+        assert_eq!(plan(&Change::Remove(id(9)), &three), Err(ChangeError::NotFound));
+        assert_eq!(planned(&Change::Remove(id(1)), &roster(&[1], &[])).voters, ids(&[]));
+    }
+
+    #[test]
+    fn a_vote_is_for_a_learner_that_is_ready() {
+        let three = roster(&[1, 2], &[3]);
+        let plan_of = planned(&Change::Promote(id(3)), &three);
+        assert_eq!((plan_of.voters, plan_of.ready), (ids(&[1, 2, 3]), Some(id(3))));
+        assert_eq!(plan(&Change::Promote(id(2)), &three), Err(ChangeError::NotLearner));
+        assert_eq!(plan(&Change::Promote(id(9)), &three), Err(ChangeError::NotFound));
+    }
+
+    #[test]
+    fn adding_is_repeatable_and_bounded() {
+        let again = Change::AddLearner(member(2, true));
+        assert_eq!(plan(&again, &roster(&[1], &[2])), Ok(None));
+        let full: Vec<u64> = (10..).take(limits::LEARNERS_MAX).collect();
+        assert_eq!(plan(&again, &roster(&[1], &full)), Err(ChangeError::TooManyLearners));
+        assert_eq!(plan(&again, &roster(&[1, 2], &full)), Ok(None), "it is in already");
+        assert!(plan(&again, &roster(&[1], &full[1..])).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_replacement_is_one_change_and_can_be_repeated_at_every_step() {
+        let replace = Change::Replace { old: id(2), new: id(4) };
+        let at_once = planned(&replace, &roster(&[1, 2, 3], &[4]));
+        assert_eq!((at_once.voters, at_once.ready), (ids(&[1, 3, 4]), Some(id(4))));
+        assert_eq!(at_once.retires.unwrap().0, id(2));
+        let old_gone = planned(&replace, &roster(&[1, 3], &[4]));
+        assert_eq!(old_gone.voters, ids(&[1, 3, 4]));
+        let both_vote = planned(&replace, &roster(&[1, 2, 3, 4], &[]));
+        assert_eq!(both_vote.voters, ids(&[1, 3, 4]));
+        assert_eq!(plan(&replace, &roster(&[1, 3, 4], &[])), Ok(None), "done");
+        assert_eq!(plan(&replace, &roster(&[1, 2, 3], &[])), Err(ChangeError::NotFound));
+        let old_learner = planned(&replace, &roster(&[1], &[2, 4]));
+        assert_eq!(old_learner.voters, ids(&[1, 4]));
+    }
+
+    #[test]
+    fn an_address_that_did_not_change_is_not_written() {
+        let same = Change::Update(member(2, false));
+        assert_eq!(plan(&same, &roster(&[1, 2], &[])), Ok(None));
+        let moved = Member { peer_urls: vec!["https://pi-2:2380".to_owned()], ..member(2, false) };
+        assert!(plan(&Change::Update(moved.clone()), &roster(&[1, 2], &[])).unwrap().is_some());
+        assert_eq!(plan(&Change::Update(moved), &roster(&[1], &[])), Err(ChangeError::NotFound));
+    }
+
+    #[test]
+    fn every_change_and_every_answer_survives_the_way() {
+        for change in [
+            Change::AddLearner(Member { replaces: Some(id(1)), ..member(2, true) }),
+            Change::Remove(id(2)),
+            Change::Promote(id(3)),
+            Change::Update(member(4, true)),
+            Change::Replace { old: id(5), new: id(6) },
+            Change::TransferLeader(id(7)),
+        ] {
+            assert_eq!(wanted(asked(&change)), change);
+        }
+        let lost = QuorumNumbers { voters: 3, alive: 2, ..QuorumNumbers::default() };
+        for error in [
+            ChangeError::NotFound,
+            ChangeError::NotLearner,
+            ChangeError::NotReady,
+            ChangeError::TooManyLearners,
+            ChangeError::QuorumLost(lost),
+            ChangeError::Busy,
+            ChangeError::NoLeader,
+            ChangeError::TimedOut,
+        ] {
+            assert_eq!(read_reply(reply(Err(error.clone()))), Err(error));
+        }
+        assert_eq!(read_reply(reply(Ok(()))), Ok(()));
+        assert_eq!(read_reply(reply(Err(ChangeError::Stopped))), Err(ChangeError::TimedOut));
+        let unknown = wire::ChangeMembersReply { result: 99, numbers: None };
+        assert_eq!(read_reply(unknown), Err(ChangeError::TimedOut));
+    }
 }

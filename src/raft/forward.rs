@@ -317,7 +317,8 @@ impl Node {
     }
 
     fn check_backlog(&self) -> Result<(), ProposeError> {
-        let status = self.status();
+        let watched = self.watch_status();
+        let status = watched.borrow();
         let backlog = status.committed.get().saturating_sub(status.applied.get());
         if limits::APPLY_BACKLOG_MAX < backlog {
             return Err(ProposeError::TooManyRequests);
@@ -330,6 +331,27 @@ impl Node {
         let mut applied = self.counters().applied.subscribe();
         let reached = applied.wait_for(|applied| index <= *applied).await;
         reached.map(drop).map_err(|_closed| ProposeError::Stopped)
+    }
+
+    /// Answers a request that another member's client made.
+    pub(super) async fn answer_forwarded(
+        &self,
+        method: Method,
+        request: Bytes,
+    ) -> Result<Bytes, Refused> {
+        match method {
+            Method::ReadIndex => self.answer_read_index().await,
+            Method::Propose => self.answer_propose(request).await,
+            Method::ChangeMembers => self.answer_change_members(request).await,
+            Method::Append
+            | Method::Vote
+            | Method::PreVote
+            | Method::TransferLeader
+            | Method::Following
+            | Method::Hello
+            | Method::Admit
+            | Method::Lease => Err(Refused::NotReady(format!("{method:?} is not sent on"))),
+        }
     }
 
     /// Answers [`Method::Propose`]. What cannot be read here would stop every member once it stood in the log.
