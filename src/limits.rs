@@ -67,6 +67,9 @@ pub const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(300);
 /// Page cache of the state machine. redb's own default is 1 GiB, more than a Pi has.
 pub const STATE_CACHE_BYTES: usize = 16 << 20;
 
+/// Fastest that a snapshot is sent: half of what a Pi's card can write, so that its log finds the other half.
+pub const SNAPSHOT_BYTES_PER_SECOND: u64 = 8 * MIB;
+
 /// A file that is given back when the card is full, so that deletes and compaction still work.
 pub const BALLAST_BYTES: u64 = 32 * MIB;
 

@@ -173,6 +173,11 @@ pub struct DumpStream {
 }
 
 impl DumpStream {
+    /// Records read so far.
+    pub const fn records(&self) -> u64 {
+        self.packer.records
+    }
+
     /// The next unit; none after the last. Reads the file.
     pub fn next_unit(&mut self) -> Result<Option<Bytes>, StoreError> {
         if self.ended {

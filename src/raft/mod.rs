@@ -7,6 +7,8 @@
 //!
 //! - [`Node`]: the handle. [`node`] puts openraft, the log and the store together.
 //! - `log_store`, `state_machine`, `network`: what openraft asks of us, each a thin translation.
+//! - [`transport`]: the way to other nodes, as this module needs it. `wire` is what is said, `pipeline` and `snapshot` how
+//!   entries and whole states travel, `answer` the other end of all of it.
 //! - `forward`, `read`: writes and linearizable reads through any member.
 //! - [`change`]: who is a member; `duties` and `lead`: what a leader does about it by itself.
 //! - [`checkpoint`]: when the store is made durable and the log may forget.
@@ -16,6 +18,7 @@
 //! - A leader that restarts is elected anew (`enable_leader_restore` off), a constant.
 //! - A proposal that may have entered the log is never offered again.
 //! - The log is purged only up to a checkpoint that is durable.
+//! - No answer promises what a power cut would undo (`promise`).
 
 pub mod change;
 pub mod checkpoint;
@@ -24,18 +27,23 @@ pub mod node;
 
 pub mod transport;
 
+mod answer;
 mod duties;
 mod forward;
 mod lead;
 mod log_store;
 mod network;
 mod outcome;
+mod pipeline;
+mod promise;
 mod quorum;
 mod read;
 pub mod runtime;
+mod snapshot;
 mod state_machine;
 mod stats;
 mod types;
+mod wire;
 
 #[cfg(test)]
 mod tests;
@@ -51,7 +59,7 @@ use crate::types::{ClusterId, LogId, LogIndex, NodeId, Revision, Term};
 pub use change::ChangeError;
 pub use node::{Node, Options, Parts, StartError, StopError};
 pub use quorum::QuorumNumbers;
-pub use stats::Stats;
+pub use stats::{Progress, Stats};
 
 /// Why a proposal has no outcome. Only `NoLeader` and `TooManyRequests` say that the command was not applied: they
 /// are answered before it enters the log.

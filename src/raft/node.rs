@@ -16,10 +16,11 @@ use super::checkpoint::{self, CheckpointMark, Schedule};
 use super::lead;
 use super::log_store::LogStore;
 use super::network::Peers;
+use super::promise::{self, Promise};
 use super::read::{self, Reader};
 use super::state_machine::{AppliedNote, StateMachine};
 use super::stats::{Counters, Stats};
-use super::transport::Transport;
+use super::transport::{Refused, Transport};
 use super::types::{self, Raft, TypeConfig};
 use super::{Follow, Member, Role, Status};
 use crate::apply::Operations;
@@ -90,6 +91,7 @@ pub(super) struct Shared {
     status: watch::Receiver<Status>,
     /// Set when the node cannot go on; says why.
     failure: watch::Receiver<Option<String>>,
+    fail: Arc<watch::Sender<Option<String>>>,
     counters: Arc<Counters>,
     mark: Arc<CheckpointMark>,
     transport: Arc<dyn Transport>,
@@ -165,16 +167,20 @@ impl Node {
         let log_store = LogStore::new(wal.clone(), Arc::clone(&mark));
         let machine = StateMachine::new(
             store.clone(),
+            wal.clone(),
             Arc::clone(&mark),
             followers,
             notes,
             Arc::clone(&counters),
         );
-        let raft = Raft::new(id.get(), config, Peers, log_store, machine)
+        let peers = Peers::new(Arc::clone(&transport), id, Arc::clone(&counters));
+        let raft = Raft::new(id.get(), config, peers, log_store, machine)
             .await
             .map_err(|error| StartError::Storage(error.to_string()))?;
 
-        let (status, failure, follow) = follow_metrics(&raft, cluster, id, &counters);
+        let (fail, failure) = watch::channel(None);
+        let fail = Arc::new(fail);
+        let (status, follow) = follow_metrics(&raft, cluster, id, &counters, Arc::clone(&fail));
         let (checkpoint_requests, requests) = mpsc::unbounded_channel();
         let checkpointer = Checkpointer {
             schedule: Schedule::new(options.checkpoint, env.clock.now(), bytes_written(&wal)),
@@ -197,6 +203,7 @@ impl Node {
             id,
             status,
             failure,
+            fail,
             counters,
             mark,
             transport,
@@ -249,12 +256,33 @@ impl Node {
         Self { shared }
     }
 
-    pub(super) fn counters(&self) -> &Counters {
+    pub(super) fn reads(&self) -> &mpsc::Sender<read::Request> {
+        &self.shared.reads
+    }
+
+    pub(super) fn counters(&self) -> &Arc<Counters> {
         &self.shared.counters
     }
 
-    pub(super) fn reads(&self) -> &mpsc::Sender<read::Request> {
-        &self.shared.reads
+    /// Looks whether a power cut now would break a promise that is about to leave. If so the node stops, and nothing leaves.
+    pub(super) fn keep(&self, promise: Promise) -> Result<(), Refused> {
+        let (log, state) = (self.shared.wal.durable(), self.shared.mark.durable());
+        if let Some(breach) = promise::breach(promise, &log, state) {
+            let reason = format!("persist before reply: {breach}");
+            tracing::error!(%reason, "the node would have promised what is not durable, and stops");
+            first_reason(&self.shared.fail, reason);
+            let raft = self.shared.raft.clone();
+            tokio::spawn(async move { drop(raft.shutdown().await) });
+        }
+        self.ready()
+    }
+
+    /// Refuses once the node cannot go on: nothing is acknowledged from then on.
+    pub(super) fn ready(&self) -> Result<(), Refused> {
+        match &*self.shared.failure.borrow() {
+            Some(reason) => Err(Refused::NotReady(reason.clone())),
+            None => Ok(()),
+        }
     }
 
     /// The way to other nodes.
@@ -357,11 +385,11 @@ fn follow_metrics(
     cluster: ClusterId,
     id: NodeId,
     counters: &Arc<Counters>,
-) -> (watch::Receiver<Status>, watch::Receiver<Option<String>>, JoinHandle<()>) {
+    fail: Arc<watch::Sender<Option<String>>>,
+) -> (watch::Receiver<Status>, JoinHandle<()>) {
     let mut metrics = raft.metrics();
     let counters = Arc::clone(counters);
     let (status_tx, status) = watch::channel(status_of(&metrics.borrow_watched(), cluster, id));
-    let (failure_tx, failure) = watch::channel(None);
     let task = tokio::spawn(async move {
         while metrics.changed().await.is_ok() {
             let (next, fatal) = {
@@ -377,11 +405,20 @@ fn follow_metrics(
                 changed
             });
             if let Some(reason) = fatal {
-                failure_tx.send_replace(Some(reason));
+                first_reason(&fail, reason);
             }
         }
     });
-    (status, failure, task)
+    (status, task)
+}
+
+/// The first reason stays: what follows are its consequences.
+fn first_reason(fail: &watch::Sender<Option<String>>, reason: String) {
+    fail.send_if_modified(|failure| {
+        let first = failure.is_none();
+        failure.get_or_insert(reason);
+        first
+    });
 }
 
 fn reason(fatal: &openraft::errors::Fatal<TypeConfig>) -> String {

@@ -1,5 +1,7 @@
 //! The node on a real disk: openraft's own conformance suite on our log and store, and the life of one voter.
 
+mod wire;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -69,8 +71,14 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
         let mark = Arc::new(CheckpointMark::new(Some(everything)));
         let (notes, _) = mpsc::unbounded_channel();
         let counters = Counters::new(host::env().clock, Duration::from_secs(1), LogIndex::new(0));
-        let machine =
-            StateMachine::new(store, Arc::clone(&mark), vec![], notes, Arc::new(counters));
+        let machine = StateMachine::new(
+            store,
+            wal.clone(),
+            Arc::clone(&mark),
+            vec![],
+            notes,
+            Arc::new(counters),
+        );
         Ok((dir, LogStore::new(wal, mark), machine))
     }
 }

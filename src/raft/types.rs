@@ -103,7 +103,7 @@ impl Contact {
         }
     }
 
-    fn member(&self, id: u64, learner: bool) -> Member {
+    pub(super) fn member(&self, id: u64, learner: bool) -> Member {
         Member {
             id: NodeId::new(id),
             name: self.name.clone(),

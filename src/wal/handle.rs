@@ -74,6 +74,7 @@ impl Wal {
         let recovery = found.recovery.clone();
         let policy = Policy { linger: options.linger, bytes_max: options.batch_bytes_max };
         let mut state = State {
+            durable: found.state,
             view: View::new(found.state),
             runs: found.runs,
             segments: found.segments,
@@ -184,6 +185,11 @@ impl Wal {
         self.shared.lock().view.state()
     }
 
+    /// The same as of the last barrier that returned: what a power cut now would leave.
+    pub fn durable(&self) -> HardState {
+        self.shared.lock().durable
+    }
+
     /// First index that stands in the newest `count` segments: what lies before may be purged without cutting off
     /// followers that lag by less. `None` while there are not more segments than that.
     pub fn first_index_in_newest(&self, count: usize) -> Option<LogIndex> {
@@ -251,6 +257,8 @@ impl fmt::Debug for Shared {
 }
 
 pub(super) struct State {
+    /// What a power cut now would leave.
+    durable: HardState,
     pub(super) view: View,
     pub(super) runs: Runs,
     pub(super) segments: BTreeMap<SegmentNo, Segment>,
@@ -414,6 +422,7 @@ impl Shared {
         frame.clear();
         let mut state = self.lock();
         let durable = state.batcher.finished();
+        state.durable = hard;
         state.runs.apply(&effects, at, &hard);
         let segment = appender.segment();
         if state.segments.insert(segment.number, segment.clone()).is_none() {

@@ -303,7 +303,7 @@ impl Machine {
         };
         let node = Node::start(parts, &self.around.raft).await.map_err(text)?;
         self.around.promises.of_node(self.id, Arc::new(move |id| has_entry(&log, id)));
-        //LISTEN self.around.network.listen(who, Arc::new(node.clone()) as Arc<dyn Answer>);
+        self.around.network.listen(who, Arc::new(node.clone()) as Arc<dyn Answer>);
         if founder {
             node.found(&member).await.map_err(text)?;
         }
