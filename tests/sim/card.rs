@@ -312,8 +312,9 @@ impl DiskFile for LogFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let had_failed = self.card.disk.has_failed();
         let written = self.file.write_at(bytes, offset);
-        // A write during which the power goes may have reached the card.
-        if written.is_ok() || (!had_failed && self.card.disk.has_failed()) {
+        // A write during which the power goes may have reached the card; nothing works from then on.
+        let power_went = || !had_failed && self.card.disk.has_failed() && self.file.len().is_err();
+        if written.is_ok() || power_went() {
             self.card.wrote(&self.path, bytes);
         }
         written

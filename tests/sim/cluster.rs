@@ -40,8 +40,8 @@ impl Cluster {
     pub(crate) fn new(world: World, raft: k3s_server::raft::Options, typical_sync: Duration) -> Self {
         let oracle = Oracle::new(world.clone());
         let promises = Promises::new(oracle.clone());
-        let network = Network::new(world.clone(), promises.clone());
-        let around = Surroundings { world, network, oracle, promises, raft };
+        let network = Network::new(world.clone(), promises);
+        let around = Surroundings { world, network, oracle, raft };
         Self { around, machines: Arc::default(), typical_sync }
     }
 

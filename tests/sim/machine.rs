@@ -22,7 +22,7 @@ use k3s_server::raft::checkpoint::Policy;
 use k3s_server::raft::transport::Answer;
 use k3s_server::raft::{AppliedBatch, Follow, Member, Node, Options, Parts};
 use k3s_server::testkit::{Random, SeededEntropy};
-use k3s_server::types::{ByteCount, ClusterId, LogId, NodeId, Revision};
+use k3s_server::types::{ByteCount, ClusterId, NodeId, Revision};
 use k3s_server::wal::{self, Wal};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -30,7 +30,6 @@ use tokio::task::AbortHandle;
 use crate::card::Card;
 use crate::network::{Incarnation, Network};
 use crate::oracle::Oracle;
-use crate::promises::Promises;
 use crate::world::{SimClock, World, trace};
 
 pub(crate) const CLUSTER: ClusterId = ClusterId::new(0xc1);
@@ -47,7 +46,6 @@ pub(crate) struct Surroundings {
     pub(crate) world: World,
     pub(crate) network: Network,
     pub(crate) oracle: Oracle,
-    pub(crate) promises: Promises,
     pub(crate) raft: Options,
 }
 
@@ -76,8 +74,8 @@ struct State {
     incarnation: u64,
     /// It founds the cluster.
     founder: bool,
-    /// A fault was injected in this life, or the image was changed: it may fail to start.
-    excused: bool,
+    /// Faults that are injected at the moment: it may end by itself, or fail to start.
+    excused: u32,
     life: Option<Life>,
     /// It stays off.
     retired: bool,
@@ -120,7 +118,7 @@ impl Machine {
             random: around.world.random(),
             incarnation: 0,
             founder,
-            excused: false,
+            excused: 0,
             life: None,
             retired: false,
         };
@@ -157,14 +155,14 @@ impl Machine {
         lock(&self.state).life.is_some()
     }
 
-    /// A fault was injected: this life may end by itself, and the next ones until [`Machine::trust`] may not begin.
+    /// A fault is injected: until [`Machine::trust`] is called as often, lives may end by themselves or not begin.
     pub(crate) fn excuse(&self) {
-        lock(&self.state).excused = true;
+        lock(&self.state).excused += 1;
     }
 
-    /// From now on every start must succeed.
+    /// That fault is over.
     pub(crate) fn trust(&self) {
-        lock(&self.state).excused = false;
+        lock(&self.state).excused -= 1;
     }
 
     /// It is never started again.
@@ -229,7 +227,7 @@ impl Machine {
     fn settle(&self, power_lost: bool) {
         let settled = self.card.settle(&Path::new(DIR).join("wal"), power_lost);
         if let Err(what) = settled
-            && !lock(&self.state).excused
+            && lock(&self.state).excused == 0
         {
             self.around.world.violation(|| format!("node {}: {what}", self.id));
         }
@@ -253,7 +251,7 @@ impl Machine {
             if state.life.is_none() || state.incarnation != who.number {
                 return;
             }
-            if !state.excused {
+            if state.excused == 0 {
                 let what = format!("node {} ended by itself: {ended:?}", self.id);
                 self.around.world.violation(|| what);
             }
@@ -290,19 +288,19 @@ impl Machine {
         let (log, _recovery, writer) =
             Wal::open(&env, &dir.join("wal"), owner, LOG).await.map_err(text)?;
         tokio::spawn(writer.run());
+        self.around.oracle.runs(self.id, log.clone());
         let follower = Applied { machine: self.clone(), who, store: store.clone() };
         let member = self.member();
         let parts = Parts {
             env,
             cluster: identity.cluster,
             member: member.clone(),
-            wal: log.clone(),
+            wal: log,
             store,
             followers: vec![Arc::new(follower)],
             transport,
         };
         let node = Node::start(parts, &self.around.raft).await.map_err(text)?;
-        self.around.promises.of_node(self.id, Arc::new(move |id| has_entry(&log, id)));
         self.around.network.listen(who, Arc::new(node.clone()) as Arc<dyn Answer>);
         if founder {
             node.found(&member).await.map_err(text)?;
@@ -350,17 +348,6 @@ const LOG: wal::Options = wal::Options {
     cache_bytes: 32 << 10,
     fill_pause: Duration::from_millis(50),
 };
-
-/// Whether a node sees an entry in its own log, or has a checkpoint that covers it.
-fn has_entry(log: &Wal, id: LogId) -> bool {
-    let state = log.hard_state();
-    if state.purged.is_some_and(|purged| id.index <= purged.index) {
-        return true;
-    }
-    let found = log.entries(id.index..id.index.next(), u64::MAX);
-    // A log that fails is the card's business, not this check's.
-    found.map_or(true, |entries| entries.first().is_some_and(|entry| entry.id == id))
-}
 
 /// Shows what a node applies to the oracle.
 struct Applied {

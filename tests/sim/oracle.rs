@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use k3s_server::mvcc::{RevisionEvents, StateHash};
 use k3s_server::raft::AppliedBatch;
 use k3s_server::types::{LogId, NodeId, Revision, Vote};
-use k3s_server::wal::Record;
+use k3s_server::wal::{self, Record, Wal};
 
 use crate::card::Card;
 use crate::log_model::{LogModel, hash_of, rank};
@@ -36,6 +36,8 @@ pub(crate) struct Oracle {
 #[derive(Default)]
 struct Seen {
     cards: BTreeMap<u64, Card>,
+    /// The logs of running nodes, as the nodes see them.
+    logs: BTreeMap<u64, Wal>,
     entries: HashMap<LogId, Entry>,
     committed: BTreeMap<u64, LogId>,
     memberships: BTreeMap<u64, Voters>,
@@ -172,14 +174,13 @@ impl Oracle {
         }
     }
 
-    /// A leader tells others what is committed. `has` looks into its log.
-    pub(crate) fn leads(
-        &self,
-        node: NodeId,
-        vote: Vote,
-        committed: Option<LogId>,
-        has: impl Fn(LogId) -> bool,
-    ) {
+    /// A node runs with this log.
+    pub(crate) fn runs(&self, node: NodeId, log: Wal) {
+        self.lock().logs.insert(node.get(), log);
+    }
+
+    /// A leader tells others what is committed.
+    pub(crate) fn leads(&self, node: NodeId, vote: Vote, committed: Option<LogId>) {
         let mut seen = self.lock();
         let first = seen.running(node).led.replace(vote.term.get()) != Some(vote.term.get());
         let newest = seen.committed.values().next_back().copied();
@@ -188,7 +189,7 @@ impl Oracle {
             trace!(self.world, "leader {node} {vote}");
             // What a later leader committed since is not this one's to know.
             if let Some(newest) = newest.filter(|newest| newest.term <= vote.term)
-                && !has(newest)
+                && seen.logs.get(&node.get()).is_some_and(|log| !has_entry(log, newest))
             {
                 self.world.violation(|| {
                     format!("leader completeness: {node} leads with {vote} without {newest}, which is committed")
@@ -332,6 +333,9 @@ impl Seen {
         for card in holders.iter().filter_map(|holder| self.cards.get(holder)) {
             card.durable(|log| known.extend(log.memberships.iter().map(|(i, v)| (*i, v.clone()))));
         }
+        if let Some(log) = self.logs.get(&node.get()) {
+            known.extend(memberships_after(log, id));
+        }
         let at = known.range(..=index).next_back().map(|(at, _)| *at).unwrap_or_default();
         // A leader counts by the newest membership in its log, which may stand behind the entry.
         let decided = known.range(at..).any(|(_, voters)| voters.is_quorum(|id| holders.contains(&id)));
@@ -343,4 +347,26 @@ impl Seen {
             known.range(..=index).next_back().map(|(_, voters)| voters.ids())
         ))
     }
+}
+
+/// Whether a node sees an entry in its own log, or has a checkpoint that covers it.
+fn has_entry(log: &Wal, id: LogId) -> bool {
+    let state = log.hard_state();
+    if state.purged.is_some_and(|purged| id.index <= purged.index) {
+        return true;
+    }
+    let found = log.entries(id.index..id.index.next(), u64::MAX);
+    // A log that fails is the card's business, not this check's.
+    found.map_or(true, |entries| entries.first().is_some_and(|entry| entry.id == id))
+}
+
+/// Memberships that stand in a node's log behind an entry, whether or not they are on its card already.
+fn memberships_after(log: &Wal, id: LogId) -> Vec<(u64, Voters)> {
+    let start = id.index.next();
+    let end = log.hard_state().last.map_or(start, |last| last.index.next().max(start));
+    let entries = log.entries(start..end, u64::MAX).unwrap_or_default();
+    let voters = |entry: &wal::Entry| {
+        Some((entry.id.index.get(), Voters::of_payload(&entry.payload)?))
+    };
+    entries.iter().filter_map(voters).collect()
 }

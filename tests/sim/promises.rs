@@ -1,6 +1,6 @@
 //! Reads the messages between nodes with code of its own, and shows every promise in them to the oracle.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use k3s_server::proto::node as wire;
@@ -11,14 +11,10 @@ use prost::Message;
 
 use crate::oracle::Oracle;
 
-/// Looks into a node's own log, as the node sees it.
-pub(crate) type HasEntry = Arc<dyn Fn(LogId) -> bool + Send + Sync>;
-
 /// See the module documentation.
 #[derive(Clone)]
 pub(crate) struct Promises {
     oracle: Oracle,
-    logs: Arc<Mutex<BTreeMap<u64, HasEntry>>>,
 }
 
 /// What is promised on one stream: its answers come in the order of its requests.
@@ -53,12 +49,7 @@ fn vote(vote: &wire::Vote) -> Vote {
 
 impl Promises {
     pub(crate) fn new(oracle: Oracle) -> Self {
-        Self { oracle, logs: Arc::default() }
-    }
-
-    /// A node runs; `has` looks into its log.
-    pub(crate) fn of_node(&self, node: NodeId, has: HasEntry) {
-        self.logs.lock().unwrap_or_else(PoisonError::into_inner).insert(node.get(), has);
+        Self { oracle }
     }
 
     /// A question leaves a node.
@@ -120,11 +111,7 @@ impl Promises {
     fn append(&self, node: NodeId, request: &[u8]) -> Vote {
         let request = wire::AppendRequest::decode(request).unwrap_or_default();
         let leader = request.vote.as_ref().map(vote).unwrap_or_default();
-        let logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
-        let has = logs.get(&node.get()).cloned();
-        drop(logs);
-        let committed = request.committed.as_ref().map(log_id);
-        self.oracle.leads(node, leader, committed, |id| has.as_ref().is_none_or(|has| has(id)));
+        self.oracle.leads(node, leader, request.committed.as_ref().map(log_id));
         leader
     }
 
