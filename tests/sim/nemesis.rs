@@ -197,6 +197,8 @@ impl Nemesis {
                 sleep(Duration::from_millis(1)).await;
             }
             machine.power_cut();
+            // It may have been off all the time.
+            machine.card.disk().heal();
             machine.trust();
             sleep(off).await;
             machine.start();
