@@ -25,6 +25,8 @@ pub mod apply;
 
 pub mod raft;
 
+pub mod peers;
+
 pub mod backup;
 pub mod etcd;
 pub mod join;

@@ -15,6 +15,7 @@ use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
+use super::admin::AdminService;
 use super::api::Api;
 use super::auth::AuthService;
 use super::cluster::ClusterService;
@@ -31,6 +32,7 @@ use crate::proto::etcdserverpb::kv_server::KvServer;
 use crate::proto::etcdserverpb::lease_server::LeaseServer;
 use crate::proto::etcdserverpb::maintenance_server::MaintenanceServer;
 use crate::proto::etcdserverpb::watch_server::WatchServer;
+use crate::proto::node::admin_server::AdminServer;
 use crate::proto::v3electionpb::election_server::ElectionServer;
 use crate::proto::v3lockpb::lock_server::LockServer;
 
@@ -61,7 +63,8 @@ pub enum ServeError {
 /// Serves clients until `shutdown`, and then until the calls under way are done.
 ///
 /// `incoming` yields accepted connections, after TLS where there is TLS. An error in it is one failed
-/// connection, not the end. `around` puts layers of the caller, such as counters, around all routes.
+/// connection, not the end. `around` puts layers of the caller, such as counters, around
+/// all routes.
 pub async fn serve<IO>(
     api: Api,
     around: impl FnOnce(axum::Router) -> axum::Router,
@@ -112,6 +115,7 @@ async fn routes(api: &Api) -> Result<axum::Router, ServeError> {
         .add_service(limited!(AuthServer(AuthService(api.clone()))))
         .add_service(limited!(LockServer(LockService(api.clone()))))
         .add_service(limited!(ElectionServer(ElectionService(api.clone()))))
+        .add_service(limited!(AdminServer(AdminService(api.clone()))))
         .add_service(health)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?);

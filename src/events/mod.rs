@@ -67,6 +67,11 @@ events! {
     /// At least one critical flag differs from the cluster's.
     FlagsMismatch = 0x8cdfe6312ba24edb85203ec6469ccfaf, ERROR,
         "set the listed flags to the cluster's values in /etc/k3s/config.yaml on this node, then run `systemctl restart k3s-server`";
+    /// An operator gave a critical flag another value.
+    FlagChanged = 0xf934e4d2eb8b4c22a21a8a9f937c662e, INFO;
+    /// The cluster's flags were changed, and this server still runs with the old ones.
+    FlagsOutdated = 0x431adee2a0434079b57ac34f098ae912, WARN,
+        "write the new value into /etc/k3s/config.yaml on this node, then run `systemctl restart k3s-server`; without that the next start is refused";
     /// There is a new leader.
     LeaderChanged = 0xf6a82f8a3b37480fb7fe895ed1703acc, INFO;
     /// There is no leader; writes wait.

@@ -8,7 +8,7 @@
 //!
 //! # Not here
 //!
-//! Reads, writes and changes of members that other nodes send on: `forward`. Joining and leases: the assembly.
+//! Reads, writes and changes of members that other nodes send on: `read`, `forward`, `change`. Joining and leases: the assembly.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,7 +41,7 @@ impl Answer for Node {
                 Method::Vote => node.answer_vote(from, request).await,
                 Method::PreVote => node.answer_pre_vote(from, request).await,
                 Method::TransferLeader => node.answer_transfer(from, request).await,
-                Method::Following => node.answer_following(request).await,
+                Method::Following => node.answer_following(from, request).await,
                 Method::ReadIndex | Method::Propose | Method::ChangeMembers => {
                     node.answer_forwarded(method, request).await
                 }

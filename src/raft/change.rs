@@ -27,9 +27,9 @@ use thiserror::Error;
 
 use super::forward::{Trail, asked_timeout, millis_until};
 use super::quorum::QuorumNumbers;
-use super::read::following_request;
 use super::transport::{CallError, Method, Refused};
 use super::types::{self, Contact, RaftLogId, TypeConfig};
+use super::wire::{decode_following_reply, encode_following};
 use super::{Member, Node, ProposeError, Status};
 use crate::announce;
 use crate::command::Command;
@@ -549,14 +549,14 @@ impl Node {
 
     /// Who answers now, this node included, and for how long each one's card has kept a barrier waiting. As leader.
     pub(super) async fn probe(&self, roster: &Roster) -> BTreeMap<NodeId, Duration> {
-        let request = Bytes::from(following_request(roster.vote).encode_to_vec());
+        let request = encode_following(roster.vote);
         let others = roster.members.iter().filter(|member| member.id != self.id());
         let answers = others.map(|member| {
             let call = self.transport().call(member, Method::Following, request.clone(), PROBE);
             async move {
                 let answer = tokio::time::timeout(PROBE, call).await.ok()?.ok()?;
-                let reply = wire::FollowingReply::decode(answer).ok()?;
-                Some((member.id, Duration::from_millis(reply.stalled_millis)))
+                let (_follows, stalled) = decode_following_reply(answer).ok()?;
+                Some((member.id, stalled))
             }
         });
         let own = (self.id(), self.wal().stalled_for().unwrap_or_default());

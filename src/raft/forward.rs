@@ -35,6 +35,9 @@ use crate::types::{LogIndex, NodeId, Term};
 /// Rest before a command that entered no log is offered again, unless somebody becomes leader sooner.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How long the answer of a leader that was replaced is waited for.
+const DEPOSED: Duration = Duration::from_secs(1);
+
 /// An outcome, and where its command stands in the log.
 #[derive(Clone, Debug, PartialEq)]
 struct Accepted {
@@ -313,7 +316,21 @@ impl Node {
         let request = wire::ProposeRequest { command: encoded.bytes().clone(), timeout_millis };
         let timeout = Duration::from_millis(timeout_millis);
         let request = request.encode_to_vec().into();
-        judge(self.transport().call(leader, Method::Propose, request, timeout).await)
+        tokio::select! {
+            answer = self.transport().call(leader, Method::Propose, request, timeout) => judge(answer),
+            () = self.deposed(leader.id) => Attempt::Failed(ProposeError::LeaderChanged),
+        }
+    }
+
+    /// Completes when this one has not led for a while: one that lost its place in good order still answers, one that is gone or
+    /// cut off does not, and its client need not wait until its deadline to hear that nobody knows.
+    async fn deposed(&self, leader: NodeId) {
+        let mut status = self.watch_status();
+        let other = |status: &Status| status.leader.is_some_and(|other| other != leader);
+        if status.wait_for(other).await.is_err() {
+            return std::future::pending().await;
+        }
+        tokio::time::sleep(DEPOSED).await;
     }
 
     fn check_backlog(&self) -> Result<(), ProposeError> {

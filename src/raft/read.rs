@@ -49,9 +49,9 @@ use tokio::sync::{mpsc, oneshot};
 use super::quorum::{Tally, Verdict};
 use super::transport::{CallError, Method, Refused, Transport};
 use super::types::{self, Raft};
-use super::{Member, Node, ReadBarrier, ReadError};
-use crate::proto::node as wire;
-use crate::types::{LogIndex, NodeId, Term, Vote};
+use super::{Member, Node, ReadBarrier, ReadError, wire};
+use crate::proto::node;
+use crate::types::{LogIndex, NodeId, Vote};
 
 /// Longest round. Whoever has not answered by then is asked anew.
 const ROUND: Duration = Duration::from_millis(500);
@@ -167,7 +167,7 @@ impl Reader {
         if tally.verdict() == Verdict::Won {
             return Round::Confirmed(index);
         }
-        let request = Bytes::from(following_request(vote).encode_to_vec());
+        let request = wire::encode_following(vote);
         let mut answers: FuturesUnordered<_> = tally
             .voters()
             .into_iter()
@@ -193,28 +193,16 @@ impl Reader {
             return (voter, false);
         };
         let answer = self.transport.call(member, Method::Following, request, ROUND).await;
-        let follows = answer.is_ok_and(|bytes| {
-            wire::FollowingReply::decode(bytes).is_ok_and(|reply| reply.follows)
-        });
-        (voter, follows)
+        let follows = answer.ok().and_then(|bytes| wire::decode_following_reply(bytes).ok());
+        (voter, follows.is_some_and(|(follows, _)| follows))
     }
 
     /// One question for all who wait here.
     async fn ask_leader(&self, leader: &Member) -> Round {
         let call = self.transport.call(leader, Method::ReadIndex, Bytes::new(), FOR_FOLLOWER);
         let answer: Result<Bytes, CallError> = call.await;
-        let index = answer.ok().and_then(|bytes| wire::ReadIndexReply::decode(bytes).ok());
+        let index = answer.ok().and_then(|bytes| node::ReadIndexReply::decode(bytes).ok());
         index.map_or(Round::NotConfirmed, |reply| Round::Confirmed(LogIndex::new(reply.index)))
-    }
-}
-
-pub(super) fn following_request(vote: Vote) -> wire::FollowingRequest {
-    wire::FollowingRequest {
-        vote: Some(wire::Vote {
-            term: vote.term.get(),
-            node: vote.node.get(),
-            committed: vote.committed,
-        }),
     }
 }
 
@@ -280,7 +268,7 @@ impl Node {
     pub(super) async fn answer_read_index(&self) -> Result<Bytes, Refused> {
         let index = tokio::time::timeout(FOR_FOLLOWER, self.read_index(true)).await;
         match index {
-            Ok(Ok(index)) => Ok(wire::ReadIndexReply { index: index.get() }.encode_to_vec().into()),
+            Ok(Ok(index)) => Ok(node::ReadIndexReply { index: index.get() }.encode_to_vec().into()),
             Ok(Err(ReadError::NoLeader)) => Err(Refused::NotLeader(self.status().leader)),
             Ok(Err(ReadError::Stopped)) => Err(Refused::NotReady("stopping".to_owned())),
             Ok(Err(ReadError::TimedOut)) | Err(_) => Err(Refused::Busy),
@@ -288,30 +276,25 @@ impl Node {
     }
 
     /// Answers [`Method::Following`] from memory: neither the card nor the store is asked.
-    pub(super) async fn answer_following(&self, request: Bytes) -> Result<Bytes, Refused> {
-        let malformed = |what: String| Refused::Malformed(what);
-        let request = wire::FollowingRequest::decode(request)
-            .map_err(|error| malformed(error.to_string()))?;
-        let asked = request.vote.ok_or_else(|| malformed("no vote".to_owned()))?;
-        let asked = Vote {
-            term: Term::new(asked.term),
-            node: NodeId::new(asked.node),
-            committed: asked.committed,
-        };
+    pub(super) async fn answer_following(
+        &self,
+        from: NodeId,
+        request: Bytes,
+    ) -> Result<Bytes, Refused> {
+        let leader = wire::decode_following(request)?;
+        wire::caller(from, &leader)?;
+        let asked = types::vote(&leader);
         let own = self.raft().with_raft_state(|state| types::vote(state.vote_ref())).await;
         let own = own.map_err(|_fatal| Refused::NotReady("stopping".to_owned()))?;
         let stalled = self.wal().stalled_for().unwrap_or_default();
-        let reply = wire::FollowingReply {
-            follows: follows(own, asked),
-            stalled_millis: u64::try_from(stalled.as_millis()).unwrap_or(u64::MAX),
-        };
-        Ok(reply.encode_to_vec().into())
+        Ok(wire::encode_following_reply(follows(own, asked), stalled))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::Term;
 
     fn vote(term: u64, node: u64, committed: bool) -> Vote {
         Vote { term: Term::new(term), node: NodeId::new(node), committed }

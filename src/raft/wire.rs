@@ -13,6 +13,8 @@
 //!
 //! How a membership or an entry is encoded: `types`, for the log and the wire alike.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use openraft::raft::{
     AppendEntriesRequest, StreamAppendError, StreamAppendResult, TransferLeaderError,
@@ -264,6 +266,25 @@ pub(super) fn decode_transfer_reply(
             actual: read_log_id(reply.last.as_ref()),
         }),
     })
+}
+
+pub(super) fn decode_following(message: Bytes) -> Result<RaftVote, Malformed> {
+    read_leader(wire::FollowingRequest::decode(message)?.vote)
+}
+
+pub(super) fn encode_following(leader: Vote) -> Bytes {
+    bytes(&wire::FollowingRequest { vote: Some(vote_to_wire(leader)) })
+}
+
+/// Whether the callee follows, and for how long its card has kept a barrier waiting.
+pub(super) fn encode_following_reply(follows: bool, stalled: Duration) -> Bytes {
+    let stalled_millis = u64::try_from(stalled.as_millis()).unwrap_or(u64::MAX);
+    bytes(&wire::FollowingReply { follows, stalled_millis })
+}
+
+pub(super) fn decode_following_reply(message: Bytes) -> Result<(bool, Duration), Malformed> {
+    let reply = wire::FollowingReply::decode(message)?;
+    Ok((reply.follows, Duration::from_millis(reply.stalled_millis)))
 }
 
 /// The first message of a snapshot stream.

@@ -18,6 +18,7 @@ use super::membership::NodeMembership;
 use super::{backup, supervise};
 use crate::announce;
 use crate::config::{Config, Loaded, Quota, Severity};
+use crate::critical::CriticalFlags;
 use crate::env::{Env, host};
 use crate::etcd::{self, Api, Leases, ServeError, Settings};
 use crate::events::{EventId, fields};
@@ -193,7 +194,7 @@ async fn start(
     let serving = live.serve(env, settings, metrics, clients, observers, &stopping);
     serving_latch.set();
 
-    let Live { node, hub, leases } = live;
+    let Live { node, hub, leases, .. } = live;
     let mut background = vec![
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
         tokio::spawn(supervise::report_status(node.clone(), notifier)),
@@ -247,6 +248,7 @@ struct Live {
     node: Node,
     hub: Hub,
     leases: Arc<Leases>,
+    flags: Arc<CriticalFlags>,
 }
 
 impl Live {
@@ -260,7 +262,8 @@ impl Live {
         let hub = Hub::new(revision, WatchLimits::default());
         let leases = Arc::new(Leases::new(Arc::clone(&env.clock), &dir.store)?);
         let node = start_node(config, env, dir, member, &hub, &leases).await?;
-        Ok(Self { node, hub, leases })
+        let flags = Arc::new(CriticalFlags::of(config));
+        Ok(Self { node, hub, leases, flags })
     }
 
     /// Serves clients and health checks until `stopping`.
@@ -311,6 +314,7 @@ impl Live {
             backup: backup::source(node.clone()),
             defragment: supervise::defragment(node.clone()),
             settings,
+            flags: Arc::clone(&self.flags),
         }
     }
 }

@@ -35,6 +35,7 @@ fn membership() -> Membership {
         name: name.to_owned(),
         peer_urls: vec![format!("https://{name}:2380")],
         client_urls: vec![],
+        replaces: 0x33,
     };
     let members = BTreeMap::from([(LEADER, contact("pi-1")), (0x22, contact("pi-2"))]);
     Membership::new(vec![BTreeSet::from([LEADER])], members).unwrap()
@@ -257,6 +258,7 @@ fn no_bytes_make_decoding_panic() {
         drop(wire::decode_vote_reply(bytes.clone()));
         drop(wire::decode_transfer(bytes.clone()));
         drop(wire::decode_transfer_reply(bytes.clone(), &transfer));
+        drop(wire::decode_following(bytes.clone()));
         drop(wire::decode_snapshot_header(bytes.clone()));
         drop(wire::decode_snapshot_reply(bytes));
     }
