@@ -1,5 +1,6 @@
 //! The node on a real disk: openraft's own conformance suite on our log and store, and the life of one voter.
 
+mod cluster;
 mod wire;
 
 use std::path::Path;
