@@ -1,216 +1,181 @@
-//! Many runs: one process each, as many at a time as there are cores, a line for every failure and the command that repeats it.
+//! What is run: the quick part, ranges of seeds, and every planted fault until a run sees it.
 
-use std::fs;
 use std::io::Write as _;
 use std::ops::Range;
-use std::path::PathBuf;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::run::{self, Report, Watch};
+use crate::arguments::Request;
+use crate::jobs::{self, DURATION, Ended, Life, What};
+use crate::{mutants, scenarios};
 
-pub(crate) const HELP: &str = "\
-usage: sim [--seeds A..B] [--seconds N] [--case-dir DIR] [--jobs N]
-       sim --replay SEED [--seconds N]
+/// The quick part: so many seeds, for so long each.
+const QUICK_SEEDS: Range<u64> = 0..24;
+const QUICK: Duration = Duration::from_secs(20);
 
-  --seeds A..B    runs these seeds, B excluded
-  --seconds N     simulated seconds of trouble per run (120)
-  --case-dir DIR  the trace of every failing seed is written there
-  --jobs N        runs at a time (as many as there are cores)
-  --replay SEED   one run, its trace on stderr";
+/// Seeds that are run twice, to see that they are the same run.
+const TWICE: Range<u64> = 1000..1003;
 
-/// What is asked for.
-#[derive(Clone, Debug)]
-pub(crate) struct Request {
-    seeds: Range<u64>,
-    duration: Duration,
-    case_dir: Option<PathBuf>,
-    jobs: usize,
-    /// One seed in this process: what the runs of a campaign are.
-    one: Option<u64>,
-    echo: bool,
-    trace: Option<PathBuf>,
+/// Runs after which a planted fault counts as not seen.
+const MUTANT_SEEDS: Range<u64> = 0..50;
+const MUTANT: Duration = Duration::from_secs(60);
+
+const SAME_SEED: &str = "the_same_seed_is_the_same_run";
+const SEEDS: &str = "seeds_find_nothing";
+
+/// Everything in the quick part.
+pub(crate) fn names() -> Vec<&'static str> {
+    [SAME_SEED, SEEDS].into_iter().chain(scenarios::NAMES.iter().copied()).collect()
 }
 
-impl Request {
-    pub(crate) fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self, String> {
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
-        let mut request = Self {
-            seeds: 0..20,
-            duration: Duration::from_secs(20),
-            case_dir: None,
-            jobs: cores,
-            one: None,
-            echo: false,
-            trace: None,
-        };
-        while let Some(argument) = arguments.next() {
-            let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
-            match argument.as_str() {
-                "--seeds" => request.seeds = range(&value()?)?,
-                "--seconds" => request.duration = Duration::from_secs(number(&value()?)?),
-                "--case-dir" => request.case_dir = Some(value()?.into()),
-                "--jobs" => request.jobs = usize::try_from(number(&value()?)?).unwrap_or(1).max(1),
-                "--one" => request.one = Some(number(&value()?)?),
-                "--trace" => request.trace = Some(value()?.into()),
-                "--replay" => {
-                    request.one = Some(number(&value()?)?);
-                    request.echo = true;
-                }
-                // What `cargo test -- …` passes to every test binary.
-                "--nocapture" | "--no-capture" | "--quiet" | "-q" => {}
-                other => return Err(format!("unknown argument {other}")),
-            }
+/// The quick part, or what of it has one of the filters in its name.
+pub(crate) fn tests(request: &Request, filters: &[String]) -> ExitCode {
+    let wanted = |name: &&str| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str()));
+    let names: Vec<&str> = names().into_iter().filter(wanted).collect();
+    println!("\nrunning {} simulations", names.len());
+    let lives = names.iter().filter(|name| scenarios::NAMES.contains(name));
+    let lives = lives.map(|name| Life::new(What::Scenario((*name).to_owned()), None)).collect();
+    let mut failed = run_all(request, lives, true);
+    if names.contains(&SEEDS) {
+        failed += run_all(request, of_seeds(QUICK_SEEDS, request.duration.or(Some(QUICK))), false);
+    }
+    if names.contains(&SAME_SEED) {
+        failed += run_twice(request);
+    }
+    println!("\nsimulations: {failed} failed");
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn of_seeds(seeds: Range<u64>, duration: Option<Duration>) -> Vec<Life> {
+    seeds.map(|seed| Life::new(What::Seed(seed), duration)).collect()
+}
+
+/// A range of seeds.
+pub(crate) fn seeds(request: &Request, seeds: Range<u64>) -> ExitCode {
+    let lives = of_seeds(seeds, Some(request.duration.unwrap_or(DURATION)));
+    if run_all(request, lives, false) == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Runs them, tells about every failure, and sums up. How many failed.
+fn run_all(request: &Request, lives: Vec<Life>, by_name: bool) -> usize {
+    if lives.is_empty() {
+        return 0;
+    }
+    let (done, total, begin) = (AtomicU64::new(0), lives.len() as u64, Instant::now());
+    let ended = jobs::all(lives, request.jobs, |one| {
+        if !one.passed {
+            tell(request, one);
+        } else if by_name {
+            println!("{} ... ok", one.life.what);
         }
-        Ok(request)
-    }
-}
-
-fn number(text: &str) -> Result<u64, String> {
-    text.parse().map_err(|_| format!("expected a number, found {text}"))
-}
-
-fn range(text: &str) -> Result<Range<u64>, String> {
-    let (first, end) = text.split_once("..").ok_or(format!("expected A..B, found {text}"))?;
-    Ok(number(first)?..number(end)?)
-}
-
-/// Does what is asked for.
-pub(crate) fn run(request: &Request) -> ExitCode {
-    match request.one {
-        Some(seed) => one(request, seed),
-        None => many(request),
-    }
-}
-
-fn one(request: &Request, seed: u64) -> ExitCode {
-    let watch = Watch { keep_trace: request.trace.is_some(), echo: request.echo };
-    let report = run::seed(seed, request.duration, watch);
-    if let (Some(path), Some(trace)) = (&request.trace, &report.trace)
-        && let Err(error) = fs::write(path, trace)
-    {
-        eprintln!("{}: {error}", path.display());
-    }
-    println!("{}", line(&report));
-    if let Some(violation) = &report.violation {
-        println!("violation: {violation}");
-        return ExitCode::FAILURE;
-    }
-    ExitCode::SUCCESS
-}
-
-fn line(report: &Report) -> String {
-    let Report { fingerprint, lines, simulated, counts, checked, done, messages, .. } = report;
-    format!(
-        "fingerprint {fingerprint:016x} lines {lines} simulated {} messages {messages} {counts:?} {checked:?} {done:?}",
-        simulated.as_millis()
-    )
-}
-
-/// How a run in a process of its own ended.
-struct Ended {
-    seed: u64,
-    output: String,
-    passed: bool,
-}
-
-fn in_a_process(request: &Request, seed: u64, trace: Option<PathBuf>) -> Ended {
-    let failed = |what: String| Ended { seed, output: what, passed: false };
-    let exe = match std::env::current_exe() {
-        Ok(exe) => exe,
-        Err(error) => return failed(error.to_string()),
-    };
-    let mut command = Command::new(exe);
-    command.args(["--one", &seed.to_string(), "--seconds", &request.duration.as_secs().to_string()]);
-    if let Some(trace) = trace {
-        command.arg("--trace").arg(trace);
-    }
-    match command.stdin(Stdio::null()).stderr(Stdio::inherit()).output() {
-        Ok(output) => Ended {
-            seed,
-            output: String::from_utf8_lossy(&output.stdout).into_owned(),
-            passed: output.status.success(),
-        },
-        Err(error) => failed(error.to_string()),
-    }
-}
-
-fn many(request: &Request) -> ExitCode {
-    let next = AtomicU64::new(request.seeds.start);
-    let ended: Mutex<Vec<Ended>> = Mutex::default();
-    let begin = Instant::now();
-    let total = request.seeds.end.saturating_sub(request.seeds.start);
-    std::thread::scope(|scope| {
-        for _ in 0..request.jobs {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Relaxed);
-                    if request.seeds.end <= seed {
-                        return;
-                    }
-                    let one = in_a_process(request, seed, None);
-                    if !one.passed {
-                        report_failure(request, &one);
-                    }
-                    let mut ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
-                    ended.push(one);
-                    progress(ended.len() as u64, total, begin);
-                }
-            });
+        let done = 1 + done.fetch_add(1, Relaxed);
+        if !by_name && (done.is_multiple_of(20) || done == total) {
+            println!("{done} of {total} seeds, {:.0} s", begin.elapsed().as_secs_f64());
+            std::io::stdout().flush().ok();
         }
+        true
     });
-    let ended = ended.into_inner().unwrap_or_else(PoisonError::into_inner);
-    summary(request, &ended, begin.elapsed())
-}
-
-fn progress(done: u64, total: u64, begin: Instant) {
-    if done.is_multiple_of(20) || done == total {
-        println!("{done} of {total} seeds, {:.0} s", begin.elapsed().as_secs_f64());
-        std::io::stdout().flush().ok();
+    if !by_name {
+        sum_up(&ended, begin.elapsed(), request.jobs);
     }
+    ended.iter().filter(|one| !one.passed).count()
 }
 
-fn report_failure(request: &Request, ended: &Ended) {
-    let Ended { seed, output, .. } = ended;
-    let seconds = request.duration.as_secs();
-    println!("seed {seed} failed: {}", output.trim());
-    println!("  again: cargo test --test sim -- --replay {seed} --seconds {seconds}");
+fn tell(request: &Request, ended: &Ended) {
+    println!("{} ... FAILED: {}", ended.life.what, ended.violation());
+    println!("  again: {}", ended.life.command());
     let Some(dir) = &request.case_dir else { return };
-    let trace = dir.join(format!("seed-{seed}.trace"));
-    if let Err(error) = fs::create_dir_all(dir) {
+    let trace = dir.join(format!("{}.trace", ended.life.what));
+    if let Err(error) = std::fs::create_dir_all(dir) {
         println!("  {}: {error}", dir.display());
         return;
     }
-    // The same run once more, now with its trace: it is the same, because of its seed.
-    in_a_process(request, *seed, Some(trace.clone()));
-    println!("  trace: {}", trace.display());
+    // The same run once more, now with its trace.
+    let again = jobs::elsewhere(&ended.life, Some(&trace));
+    println!("  trace: {} ({})", trace.display(), again.output.lines().next().unwrap_or_default());
 }
 
-fn summary(request: &Request, ended: &[Ended], took: Duration) -> ExitCode {
-    let failed: Vec<u64> = ended.iter().filter(|one| !one.passed).map(|one| one.seed).collect();
-    let simulated: f64 = ended.iter().filter_map(|one| field(&one.output, "simulated")).sum::<f64>() / 1e3;
-    let writes: f64 = ended.iter().filter_map(|one| field(&one.output, "writes:")).sum();
+fn sum_up(ended: &[Ended], took: Duration, jobs: usize) {
+    let sum = |name: &str| ended.iter().filter_map(|one| one.number(name)).sum::<u64>();
+    let seconds = Duration::from_millis(sum("simulated")).as_secs_f64();
     println!(
-        "{} runs, {:.1} simulated hours in {:.0} s ({:.0} simulated seconds a second, {} at a time), {writes} acknowledged writes",
+        "{} runs, {:.2} simulated hours in {:.0} s ({:.0} times as fast, {jobs} at a time)",
         ended.len(),
-        simulated / 3600.0,
+        seconds / 3600.0,
         took.as_secs_f64(),
-        simulated / took.as_secs_f64(),
-        request.jobs,
+        seconds / took.as_secs_f64()
     );
-    if failed.is_empty() {
-        println!("no violation");
+    let counted = [
+        "messages", "writes:", "reads:", "unknown:", "replies:", "votes:", "commits:", "leaders:",
+        "entries:", "batches:", "hashes:",
+    ];
+    let counted = counted.map(|name| format!("{} {}", name.trim_end_matches(':'), sum(name)));
+    println!("  {}", counted.join(", "));
+    let troubles = crate::nemesis::Trouble::ALL.iter();
+    let troubles: Vec<String> =
+        troubles.map(|trouble| format!("{trouble:?} {}", sum(&format!("{trouble:?}:")))).collect();
+    println!("  {}", troubles.join(", "));
+}
+
+fn run_twice(request: &Request) -> usize {
+    let lives = TWICE.chain(TWICE).map(|seed| Life::new(What::Seed(seed), Some(QUICK))).collect();
+    let ended = jobs::all(lives, request.jobs, |_| true);
+    let mut failed = 0;
+    for seed in TWICE {
+        let of_seed = ended.iter().filter(|one| one.life.what == What::Seed(seed));
+        let fingerprints: Vec<_> = of_seed.map(Ended::fingerprint).collect();
+        if fingerprints.len() != 2 || fingerprints[0].is_none() || fingerprints[0] != fingerprints[1] {
+            println!("{SAME_SEED} ... FAILED: seed {seed} ran as {fingerprints:?}");
+            failed = 1;
+        }
+    }
+    if failed == 0 {
+        println!("{SAME_SEED} ... ok");
+    }
+    failed
+}
+
+/// Plants every fault, and runs seeds until one sees it.
+pub(crate) fn mutants(request: &Request) -> ExitCode {
+    let names = mutants::names();
+    if names.is_empty() {
+        println!("{}", mutants::MISSING);
+        return ExitCode::FAILURE;
+    }
+    let seeds = request.seeds.clone().unwrap_or(MUTANT_SEEDS);
+    let mut missed = Vec::new();
+    for name in names {
+        let duration = Some(request.duration.unwrap_or(MUTANT));
+        let mut lives = of_seeds(seeds.clone(), duration);
+        let known = scenarios::NAMES.iter().map(|name| Life::new(What::Scenario((*name).to_owned()), None));
+        lives.extend(known);
+        lives.iter_mut().for_each(|life| life.mutant = Some(name.to_owned()));
+        let begin = Instant::now();
+        let ended = jobs::all(lives, request.jobs, |one| one.passed);
+        match ended.iter().find(|one| !one.passed) {
+            Some(one) => println!(
+                "{name}: seen by {} ({} runs, {:.0} s): {}",
+                one.life.what,
+                ended.len(),
+                begin.elapsed().as_secs_f64(),
+                short(one.violation())
+            ),
+            None => {
+                println!("{name}: NOT SEEN in {} runs", ended.len());
+                missed.push(name);
+            }
+        }
+        std::io::stdout().flush().ok();
+    }
+    if missed.is_empty() {
+        println!("every planted fault was seen");
         return ExitCode::SUCCESS;
     }
-    println!("{} failed: {failed:?}", failed.len());
+    println!("not seen: {}", missed.join(", "));
     ExitCode::FAILURE
 }
 
-/// The number behind a word of a run's line.
-fn field(output: &str, name: &str) -> Option<f64> {
-    let (_, rest) = output.split_once(&format!("{name} "))?;
-    let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
-    digits.parse().ok()
+fn short(text: &str) -> String {
+    text.chars().take(160).collect()
 }

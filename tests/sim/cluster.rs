@@ -63,6 +63,16 @@ impl Cluster {
         }
     }
 
+    /// Takes a machine away that was removed, or never got in. True if it did.
+    pub(crate) fn discard_unless_member(&self, id: NodeId) -> bool {
+        let Some(leader) = self.leader() else { return false };
+        let member = leader.node.status().members.iter().any(|member| member.id == id);
+        if !member {
+            self.discard(id);
+        }
+        !member
+    }
+
     /// All machines, by id.
     pub(crate) fn machines(&self) -> Vec<Machine> {
         self.lock().by_id.values().cloned().collect()

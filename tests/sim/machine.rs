@@ -76,6 +76,8 @@ struct State {
     founder: bool,
     /// Faults that are injected at the moment: it may end by itself, or fail to start.
     excused: u32,
+    /// The life that met a fault: it may end by itself whenever it notices.
+    struck: u64,
     life: Option<Life>,
     /// It stays off.
     retired: bool,
@@ -119,6 +121,7 @@ impl Machine {
             incarnation: 0,
             founder,
             excused: 0,
+            struck: 0,
             life: None,
             retired: false,
         };
@@ -160,9 +163,15 @@ impl Machine {
         lock(&self.state).excused += 1;
     }
 
-    /// That fault is over.
+    /// That fault is lifted.
     pub(crate) fn trust(&self) {
-        lock(&self.state).excused -= 1;
+        let mut state = lock(&self.state);
+        state.excused -= 1;
+        if self.card.disk().has_failed() {
+            state.struck = state.incarnation;
+        }
+        drop(state);
+        self.card.disk().heal();
     }
 
     /// It is never started again.
@@ -251,7 +260,7 @@ impl Machine {
             if state.life.is_none() || state.incarnation != who.number {
                 return;
             }
-            if state.excused == 0 {
+            if state.excused == 0 && state.struck != who.number {
                 let what = format!("node {} ended by itself: {ended:?}", self.id);
                 self.around.world.violation(|| what);
             }
@@ -296,11 +305,13 @@ impl Machine {
             cluster: identity.cluster,
             member: member.clone(),
             wal: log,
-            store,
+            store: store.clone(),
             followers: vec![Arc::new(follower)],
             transport,
         };
+        let store_failed = store.failed();
         let node = Node::start(parts, &self.around.raft).await.map_err(text)?;
+        drop(store);
         self.around.network.listen(who, Arc::new(node.clone()) as Arc<dyn Answer>);
         if founder {
             node.found(&member).await.map_err(text)?;
@@ -311,9 +322,13 @@ impl Machine {
         }
         let mut failure = node.failure();
         drop(node);
-        match failure.wait_for(Option::is_some).await {
-            Ok(reason) => Err(format!("{:?}", *reason)),
-            Err(_closed) => Err("raft is gone".to_owned()),
+        tokio::select! {
+            biased;
+            failure = store_failed => Err(failure.to_string()),
+            reason = failure.wait_for(Option::is_some) => match reason {
+                Ok(reason) => Err(format!("{:?}", *reason)),
+                Err(_closed) => Err("raft is gone".to_owned()),
+            },
         }
     }
 

@@ -197,8 +197,7 @@ impl Nemesis {
                 sleep(Duration::from_millis(1)).await;
             }
             machine.power_cut();
-            // It may have been off all the time.
-            machine.card.disk().heal();
+            // It may have been off all the time; then this lifts the fault.
             machine.trust();
             sleep(off).await;
             machine.start();
@@ -248,9 +247,6 @@ impl Nemesis {
         let lasts = Duration::from_millis(self.random.below(3_000));
         tokio::spawn(async move {
             sleep(lasts).await;
-            machine.card.disk().heal();
-            // A process that met the fault has ended or will, soon.
-            sleep(Duration::from_secs(5)).await;
             machine.trust();
         });
     }

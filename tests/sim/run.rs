@@ -168,6 +168,9 @@ async fn write_through_everybody(
             if world.is_violated() {
                 return Ok(());
             }
+            if cluster.discard_unless_member(machine.id) {
+                break;
+            }
             if deadline < tokio::time::Instant::now() {
                 return Err(format!(
                     "no write through node {} {WRITE_WITHIN:?} after there was a leader: {:?}",
