@@ -84,6 +84,11 @@ impl Card {
         &self.disk
     }
 
+    /// The power went at some write, and is not back.
+    pub(crate) fn has_no_power(&self) -> bool {
+        self.disk.has_failed() && self.disk.exists(Path::new("/")).is_err()
+    }
+
     /// What is durable now.
     pub(crate) fn durable<T>(&self, look: impl FnOnce(&LogModel) -> T) -> T {
         look(&lock(&self.log).durable)

@@ -209,7 +209,7 @@ impl Machine {
 
     /// The power goes. Unsynced writes are lost, or half there.
     pub(crate) fn power_cut(&self) {
-        if !self.end("power cut") {
+        if !self.end("power cut") && !self.card.has_no_power() {
             return;
         }
         let fate = Random::new(lock(&self.state).random.next_u64());
@@ -266,6 +266,11 @@ impl Machine {
             }
         }
         trace!(self.around.world, "ended {} {ended:?}", self.id);
+        if self.card.has_no_power() {
+            // Nothing starts again before the power is back.
+            self.end("out of power");
+            return;
+        }
         // Taken by a crash meanwhile, or by this; the abort that comes with it finds nothing left to do.
         let machine = self.clone();
         tokio::spawn(async move {
