@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use k3s_server::env::Env;
-use k3s_server::join::identity::Identity;
+use k3s_server::join::{Identity, Phase};
 use k3s_server::mvcc::{self, DrainOn, Store};
 use k3s_server::raft::checkpoint::Policy;
 use k3s_server::raft::transport::Answer;
@@ -55,7 +55,10 @@ pub(crate) fn raft_options() -> Options {
         heartbeat: Duration::from_millis(500),
         election_min: Duration::from_secs(2),
         election_max: Duration::from_secs(4),
-        checkpoint: Policy { interval: Duration::from_secs(20), log_bytes: ByteCount::new(512 << 10) },
+        checkpoint: Policy {
+            interval: Duration::from_secs(20),
+            log_bytes: ByteCount::new(512 << 10),
+        },
     }
 }
 
@@ -292,7 +295,8 @@ impl Machine {
         let identity = match Identity::load(&env, dir).map_err(text)? {
             Some(identity) => identity,
             None => {
-                let identity = Identity { cluster: CLUSTER, node: self.id };
+                let (epoch, phase) = (0, Phase::Member);
+                let identity = Identity { cluster: CLUSTER, node: self.id, epoch, phase };
                 identity.store(&env, dir).await.map_err(text)?;
                 identity
             }
