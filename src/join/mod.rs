@@ -5,7 +5,8 @@
 //! - [`identity`]: who this node is and how far it has come. [`token`]: the secret that lets servers in.
 //! - [`pake`]: the proof that both sides know it. [`gate`]: who may try. [`door`]: the server's side of joining. [`enrol`]: the
 //!   joiner's side; [`adopt`](mod@adopt): what it keeps.
-//! - [`hello`]: at every start, whether this still is the node that the others remember.
+//! - [`hello`]: at every start, whether this still is the node that the others remember. [`quarantine`]: what becomes of one that is
+//!   not. [`reset`]: when nobody else is left.
 //!
 //! # Invariants
 //!
@@ -30,6 +31,7 @@ pub mod adopt;
 pub mod hello;
 
 pub mod quarantine;
+pub mod reset;
 
 mod file;
 
