@@ -4,6 +4,7 @@
 
 pub mod events;
 pub mod limits;
+pub mod mutants;
 pub mod proto;
 pub mod types;
 
@@ -33,6 +34,7 @@ pub mod join;
 
 pub mod observe;
 
+pub mod admin;
 pub mod server;
 
 pub mod cli;

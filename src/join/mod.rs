@@ -5,6 +5,7 @@
 //! - [`identity`]: who this node is and how far it has come. [`token`]: the secret that lets servers in.
 //! - [`pake`]: the proof that both sides know it. [`gate`]: who may try. [`door`]: the server's side of joining. [`enrol`]: the
 //!   joiner's side; [`adopt`](mod@adopt): what it keeps.
+//! - [`plan`]: what a start does at all. [`flags`]: whether its settings are the cluster's.
 //! - [`hello`]: at every start, whether this still is the node that the others remember. [`quarantine`]: what becomes of one that is
 //!   not. [`reset`]: when nobody else is left.
 //!
@@ -42,5 +43,5 @@ pub use adopt::{AdoptError, adopt, contacts, undo_unfinished};
 pub use door::{Door, Grant, House, JoinRefused};
 pub use enrol::{Enrolled, Enrolment, JoinError};
 pub use identity::{Identity, IdentityError, Phase};
-pub use plan::{OnDisk, Plan, PlanError, start_plan};
+pub use plan::{Plan, PlanError, start_plan};
 pub use token::{AuthorityHash, Password, Token, TokenError};

@@ -18,19 +18,8 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
+use super::{Identity, Phase};
 use crate::config::{Config, DatastoreArgument, Problem, Problems, ServerUrl, Start};
-use crate::types::{ClusterId, NodeId};
-
-/// What `node.json` says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OnDisk {
-    /// The cluster.
-    pub cluster: ClusterId,
-    /// This node.
-    pub node: NodeId,
-    /// A join that is not finished: the arguments for it still count.
-    pub joining: bool,
-}
 
 /// What a start does.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,13 +74,13 @@ impl fmt::Display for PlanError {
 impl std::error::Error for PlanError {}
 
 /// See the module documentation.
-pub fn start_plan(on_disk: Option<OnDisk>, config: &Config) -> Result<Plan, PlanError> {
+pub fn start_plan(on_disk: Option<&Identity>, config: &Config) -> Result<Plan, PlanError> {
     let start = config.start.clone();
     if let Some(on_disk) = on_disk {
         return Ok(match start {
             Start::Reset { restore } => Plan::Reset { restore },
             Start::Standalone | Start::Found | Start::Join(_) => {
-                Plan::Continue { ignored: ignored(on_disk, config) }
+                Plan::Continue { ignored: ignored(on_disk.phase, config) }
             }
         });
     }
@@ -116,15 +105,16 @@ pub fn start_plan(on_disk: Option<OnDisk>, config: &Config) -> Result<Plan, Plan
     })
 }
 
-fn ignored(on_disk: OnDisk, config: &Config) -> Vec<DatastoreArgument> {
+/// What is still under way is not ignored: a join through `server`, a founding by `cluster-init`.
+fn ignored(phase: Phase, config: &Config) -> Vec<DatastoreArgument> {
+    let founds = phase == Phase::Founding;
+    let joins = matches!(phase, Phase::Joining { .. } | Phase::SettingAside { .. });
     let mut ignored = Vec::new();
-    for name in ["cluster-init", "server"] {
-        let set = if name == "cluster-init" {
-            config.boolean(name)
-        } else {
-            !config.text(name).is_empty()
-        };
-        if set && !(on_disk.joining && name == "server") {
+    for (name, set, under_way) in [
+        ("cluster-init", config.boolean("cluster-init"), founds),
+        ("server", !config.text("server").is_empty(), joins),
+    ] {
+        if set && !under_way {
             ignored.push(DatastoreArgument { name, origin: config.origin(name) });
         }
     }
@@ -207,9 +197,14 @@ mod tests {
 
     use super::*;
     use crate::config::{Host, Paths, Request, Source, resolve};
+    use crate::types::{ClusterId, NodeId};
 
-    const DISK: Option<OnDisk> =
-        Some(OnDisk { cluster: ClusterId::new(0xc1), node: NodeId::new(0xab), joining: false });
+    const DISK: Option<Identity> = Some(Identity {
+        cluster: ClusterId::new(0xc1),
+        node: NodeId::new(0xab),
+        epoch: 3,
+        phase: Phase::Member,
+    });
 
     fn config(text: &str) -> Config {
         let request = Request {
@@ -224,8 +219,8 @@ mod tests {
         loaded.unwrap_or_else(|problems| panic!("{text}\n{problems}")).config
     }
 
-    fn plan(on_disk: Option<OnDisk>, text: &str) -> Result<Plan, String> {
-        start_plan(on_disk, &config(text)).map_err(|error| error.to_string())
+    fn plan(on_disk: Option<Identity>, text: &str) -> Result<Plan, String> {
+        start_plan(on_disk.as_ref(), &config(text)).map_err(|error| error.to_string())
     }
 
     fn refused(text: &str, expected: Expect) {
@@ -265,12 +260,24 @@ mod tests {
     }
 
     #[test]
-    fn server_counts_until_a_join_is_finished() {
-        let joining = DISK.map(|disk| OnDisk { joining: true, ..disk });
-        let text = "server: https://pi-1:6443\ntoken: abcdefgh12345678\n";
+    fn what_a_first_start_was_asked_counts_until_it_is_finished() {
+        let phase = |phase| DISK.map(|disk| Identity { phase, ..disk });
+        let join = "server: https://pi-1:6443\ntoken: abcdefgh12345678\n";
+        let found = "cluster-init: true\n";
+        let replaces = NodeId::new(7);
 
-        assert_eq!(plan(joining, text), Ok(Plan::Continue { ignored: Vec::new() }));
-        assert!(plan(DISK, text).unwrap().note().is_some());
+        for (phase, text, silent) in [
+            (phase(Phase::Joining { replaces: None }), join, true),
+            (phase(Phase::SettingAside { replaces }), join, true),
+            (phase(Phase::Member), join, false),
+            (phase(Phase::Founding), join, false),
+            (phase(Phase::Founding), found, true),
+            (phase(Phase::Joining { replaces: None }), found, false),
+            (phase(Phase::Member), found, false),
+        ] {
+            let plan = plan(phase, text).unwrap();
+            assert_eq!(plan.note().is_none(), silent, "{phase:?} {text}");
+        }
     }
 
     #[test]

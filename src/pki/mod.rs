@@ -34,6 +34,7 @@
 //! Tokens and the transfer of certificates to a joining node (`join`); which node ids are members (`raft`).
 
 mod caller;
+mod client_files;
 mod error;
 mod files;
 mod identity;
@@ -45,6 +46,7 @@ mod tls;
 pub mod validity;
 
 pub use caller::{Caller, ChannelBinding};
+pub use client_files::{ClientFilesError, call_with_files};
 pub use error::{NamesError, PkiError, WrongIdentity};
 pub use identity::{Identity, Role};
 pub use names::Names;

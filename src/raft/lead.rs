@@ -123,7 +123,7 @@ impl Node {
         })
     }
 
-    async fn carry_out(&self, duty: Duty, roster: &Roster) -> Result<(), ChangeError> {
+    pub(super) async fn carry_out(&self, duty: Duty, roster: &Roster) -> Result<(), ChangeError> {
         match duty {
             Duty::FinishChange => self.finish_change(roster).await,
             Duty::HandOver(to) => {

@@ -48,6 +48,8 @@ mod types;
 mod wire;
 
 #[cfg(test)]
+mod serving_tests;
+#[cfg(test)]
 mod tests;
 
 use std::sync::Arc;

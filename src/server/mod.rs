@@ -20,6 +20,7 @@ pub mod listen;
 mod backup;
 mod collect;
 mod data_dir;
+mod dial;
 mod follow;
 mod health;
 mod membership;
@@ -28,5 +29,6 @@ mod run;
 mod supervise;
 mod wal_tools;
 
+pub use dial::Network;
 pub use run::{RunError, run};
-pub use wal_tools::{dump, verify};
+pub use wal_tools::{dump, recorded_flags, verify};
