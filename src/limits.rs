@@ -14,8 +14,11 @@ pub const GRPC_OVERHEAD_BYTES: u64 = 512 * KIB;
 /// Most operations in one transaction, nested ones included (`max-txn-ops`).
 pub const TXN_OPS_MAX: usize = 128;
 
-/// Deepest nesting of transactions. etcd has no limit of its own; the operation count bounds it there.
-pub const TXN_DEPTH_MAX: usize = 16;
+/// Deepest nesting of transactions, the outermost one included. etcd has no limit of its own: each level must hold an
+/// operation, and nested levels get what is left of `max-txn-ops`, so there it is 129 at most. Here it is what the
+/// protobuf decoder accepts, which stops at 100 messages within each other, two of them for a level: without that limit,
+/// 2 MiB of nested prefixes would be 250,000 calls of it on one stack. Nobody is known to nest deeper than two or three.
+pub const TXN_DEPTH_MAX: usize = 50;
 
 /// Calls that one connection may have open (`max-concurrent-streams`). etcd has no limit; but each costs 10 KiB even
 /// when nothing follows its headers. A client that wants more waits, or opens another connection.

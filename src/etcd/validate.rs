@@ -6,7 +6,7 @@
 //! # Invariants
 //!
 //! - Recursion is bounded: transactions nested deeper than [`TXN_DEPTH_MAX`] are refused like ones with too many
-//!   operations. (Protobuf decoding itself stops at 100 nested messages, which is 50 transactions.)
+//!   operations, here or already by the protobuf decoder (`gate` words that refusal).
 //! - Cost is about linear in the request: the operation count is checked before overlaps are.
 
 use std::collections::{BTreeMap, BTreeSet};
