@@ -4,6 +4,8 @@
 //!
 //! - Which branches are taken, nested ones included, is decided by the state before the transaction.
 //! - The whole path is checked before its first operation runs, so a refusal has changed nothing.
+//! - A put that keeps a value or a lease finds one. etcd's check of overlaps does not see that a delete without an
+//!   end takes the key away first, and its process ends then (3.5.30); here the transaction is refused.
 //! - Operations see what earlier ones did; all of them share one revision.
 
 use std::cmp::Ordering;
@@ -46,13 +48,13 @@ impl Target for WriteTxn<'_> {
 
 pub(super) fn write(txn: &mut WriteTxn<'_>, request: &pb::TxnRequest) -> Step<pb::TxnResponse> {
     let path = Path::choose(txn, request)?;
-    path.check(txn)?;
+    path.check(txn, &mut Vec::new())?;
     path.execute(txn)
 }
 
 pub(super) fn read(view: &ReadTxn, request: &pb::TxnRequest) -> Step<pb::TxnResponse> {
     let path = Path::choose(view, request)?;
-    path.check(view)?;
+    path.check(view, &mut Vec::new())?;
     path.execute(&mut Reader(view))
 }
 
@@ -89,14 +91,22 @@ impl<'a> Path<'a> {
         Ok(Self { succeeded, ops })
     }
 
-    /// The first thing wrong along the path, in its order.
-    fn check(&self, view: &impl View) -> Step<()> {
+    /// The first thing wrong along the path, in its order. `deleted` is what operations before this path take away.
+    fn check(&self, view: &impl View, deleted: &mut Vec<KeyRange>) -> Step<()> {
         for op in &self.ops {
             match op {
                 Op::Range(request) => check_range(view, request)?,
-                Op::Put(request) => kv::check_put(view, request)?,
-                Op::DeleteRange(_) => {}
-                Op::Txn(path) => path.check(view)?,
+                Op::Put(request) => {
+                    kv::check_put(view, request)?;
+                    let keeps = request.ignore_value || request.ignore_lease;
+                    if keeps && deleted.iter().any(|range| range.contains(&request.key)) {
+                        return Err(Refusal::KeyNotFound.into());
+                    }
+                }
+                Op::DeleteRange(request) => {
+                    deleted.push(KeyRange::new(request.key.clone(), request.range_end.clone()));
+                }
+                Op::Txn(path) => path.check(view, deleted)?,
             }
         }
         Ok(())
