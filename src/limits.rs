@@ -24,6 +24,23 @@ pub const TXN_DEPTH_MAX: usize = 50;
 /// when nothing follows its headers. A client that wants more waits, or opens another connection.
 pub const CONCURRENT_STREAMS_MAX: u32 = 4_096;
 
+/// Memory for answers that are being made or wait for their clients, of all connections. A Pi has 1 to 4 GiB and shares
+/// it with Kubernetes; the unit's `MemoryHigh` is 256 MiB, and caches, log and watchers need about as much as is left.
+/// One answer larger than a connection's share may be in memory besides (`etcd::budget`).
+pub const ANSWER_BYTES_MAX: u64 = 64 * MIB;
+
+/// Of these, what one connection may hold: a list of 8 MiB while it is encoded, or a dozen of etcd's largest values. A
+/// client that reads gets the next answer as soon as the one before is on its way.
+pub const ANSWER_BYTES_PER_CONNECTION_MAX: u64 = 16 * MIB;
+
+/// Of these, what a connection may hold however much the others do: a few ordinary objects. All connections there can be
+/// have 32 MiB of it together.
+pub const ANSWER_BYTES_PER_CONNECTION_MIN: u64 = 16 * KIB;
+
+/// A single answer may take this much while it is made; the message is about half of it. gRPC stops at 2 GiB, but a
+/// transaction may ask 128 times for everything there is.
+pub const ANSWER_BYTES_LARGEST: u64 = 1024 * MIB;
+
 /// Largest lease TTL in seconds that etcd accepts.
 pub const LEASE_TTL_SECS_MAX: i64 = 9_000_000_000;
 
@@ -84,6 +101,10 @@ pub const STATE_HELD_BYTES_MAX: usize = 16 << 20;
 
 const _: () = {
     assert!(REQUEST_BYTES_MAX + GRPC_OVERHEAD_BYTES <= WAL_RECORD_BYTES_MAX);
+    // Two connections that never read must leave the others more than they take.
+    assert!(2 * ANSWER_BYTES_PER_CONNECTION_MAX <= ANSWER_BYTES_MAX / 2);
+    // A value, what it was before, and both encoded.
+    assert!(4 * REQUEST_BYTES_MAX <= ANSWER_BYTES_PER_CONNECTION_MAX);
     assert!(WAL_BATCH_BYTES_MAX + WAL_RECORD_BYTES_MAX + WAL_BLOCK_BYTES <= WAL_FRAME_BYTES_MAX);
     assert!(WAL_FRAME_BYTES_MAX * 2 <= WAL_SEGMENT_BYTES);
     assert!(WAL_SEGMENT_BYTES.is_multiple_of(WAL_BLOCK_BYTES));

@@ -19,22 +19,30 @@ use crate::mvcc::{Entry, KeyRange, ReadTxn, StoreError, View, WriteTxn};
 use crate::proto::etcdserverpb as pb;
 use crate::proto::mvccpb::KeyValue;
 
-use super::{Refusal, Step, kv, range};
+use super::{Refusal, Room, Step, Unbounded, kv, range};
 
 /// Who carries out a transaction's operations: the writer, or a reader that knows no writes.
 trait Target {
     type View: View;
+    type Room: Room;
 
     fn view(&self) -> &Self::View;
+    /// Where the answer is put together.
+    fn room(&self) -> &Self::Room;
     fn put(&mut self, request: &pb::PutRequest) -> Step<pb::PutResponse>;
     fn delete_range(&mut self, request: &pb::DeleteRangeRequest) -> Step<pb::DeleteRangeResponse>;
 }
 
 impl Target for WriteTxn<'_> {
     type View = Self;
+    type Room = Unbounded;
 
     fn view(&self) -> &Self {
         self
+    }
+
+    fn room(&self) -> &Unbounded {
+        &Unbounded
     }
 
     fn put(&mut self, request: &pb::PutRequest) -> Step<pb::PutResponse> {
@@ -52,10 +60,14 @@ pub(super) fn write(txn: &mut WriteTxn<'_>, request: &pb::TxnRequest) -> Step<pb
     path.execute(txn)
 }
 
-pub(super) fn read(view: &ReadTxn, request: &pb::TxnRequest) -> Step<pb::TxnResponse> {
+pub(super) fn read(
+    view: &ReadTxn,
+    request: &pb::TxnRequest,
+    room: &impl Room,
+) -> Step<pb::TxnResponse> {
     let path = Path::choose(view, request)?;
     path.check(view, &mut Vec::new())?;
-    path.execute(&mut Reader(view))
+    path.execute(&mut Reader { view, room })
 }
 
 /// The operations a transaction will do, chosen on the state before it.
@@ -117,7 +129,7 @@ impl<'a> Path<'a> {
         for op in &self.ops {
             let response = match op {
                 Op::Range(request) => {
-                    Response::ResponseRange(range::range(target.view(), request)?)
+                    Response::ResponseRange(range::range(target.view(), request, target.room())?)
                 }
                 Op::Put(request) => Response::ResponsePut(target.put(request)?),
                 Op::DeleteRange(request) => {
@@ -210,13 +222,21 @@ fn verdict(compare: &pb::Compare, found: Ordering) -> bool {
 }
 
 /// A reader as the target of a transaction.
-struct Reader<'a>(&'a ReadTxn);
+struct Reader<'a, R> {
+    view: &'a ReadTxn,
+    room: &'a R,
+}
 
-impl Target for Reader<'_> {
+impl<R: Room> Target for Reader<'_, R> {
     type View = ReadTxn;
+    type Room = R;
 
     fn view(&self) -> &ReadTxn {
-        self.0
+        self.view
+    }
+
+    fn room(&self) -> &R {
+        self.room
     }
 
     fn put(&mut self, _: &pb::PutRequest) -> Step<pb::PutResponse> {
