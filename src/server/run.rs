@@ -370,11 +370,22 @@ async fn start(
     let joins = matches!(dir.identity.phase, Phase::Joining { .. });
     let peers = peers.clone();
     let pki = pki.clone();
-    let Entered { dir, clients, observers, mut serving, .. } = entered;
+    let Entered { dir, clients, observers, mut serving, book, transport, .. } = entered;
     live.serve(&mut serving, settings, api, metrics, clients, observers, &stopping);
     serving_latch.set();
 
     let Live { node, hub, leases } = live;
+    let removed = supervise::removed(node.clone(), book, transport);
+    let stop = stopped(stopping.clone());
+    serving.spawn(async move {
+        tokio::select! {
+            reason = removed => {
+                announce!(EventId::NodeRetired, "this node was removed from the cluster: {reason}");
+                Err(RunError::Retired(reason))
+            }
+            () = stop => Ok(()),
+        }
+    });
     let says = notifier;
     let filled = node.clone();
     let stop = stopping.clone();
