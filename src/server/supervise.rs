@@ -10,6 +10,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::data_dir::DataDir;
+use super::run::{RunError, stopped};
 use crate::announce;
 use crate::command::Command;
 use crate::etcd::Defragment;
@@ -82,9 +83,25 @@ pub(super) async fn forget_removed(node: Node, peers: Peers) {
     }
 }
 
-/// Completes when this node is told that it was removed, with the reason. The one that removes it cannot tell it: from then on
-/// nothing is sent to it. It learns when it looks for a leader, and a learner, which never does, by asking.
-pub(super) async fn removed(node: Node, book: Arc<HelloBook>, transport: Arc<dyn Transport>) -> String {
+/// Ends the server when this node was removed.
+pub(super) async fn leave_when_removed(
+    node: Node,
+    book: Arc<HelloBook>,
+    transport: Arc<dyn Transport>,
+    stopping: watch::Receiver<bool>,
+) -> Result<(), RunError> {
+    tokio::select! {
+        reason = removed(node, book, transport) => {
+            announce!(EventId::NodeRetired, "this node was removed from the cluster: {reason}");
+            Err(RunError::Retired(reason))
+        }
+        () = stopped(stopping) => Ok(()),
+    }
+}
+
+/// Completes when this node is told that it was removed, with the reason. Who removes it cannot tell it: from then on nothing is sent
+/// to it. It learns when it looks for a leader, and a learner, which never does, by asking.
+async fn removed(node: Node, book: Arc<HelloBook>, transport: Arc<dyn Transport>) -> String {
     let mut told = book.removed();
     loop {
         if let Some(reason) = told.borrow_and_update().clone() {
