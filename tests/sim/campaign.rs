@@ -31,7 +31,8 @@ pub(crate) fn names() -> Vec<&'static str> {
 
 /// The quick part, or what of it has one of the filters in its name.
 pub(crate) fn tests(request: &Request, filters: &[String]) -> ExitCode {
-    let wanted = |name: &&str| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str()));
+    let wanted =
+        |name: &&str| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str()));
     let names: Vec<&str> = names().into_iter().filter(wanted).collect();
     println!("\nrunning {} simulations", names.len());
     let lives = names.iter().filter(|name| scenarios::NAMES.contains(name));
@@ -125,7 +126,10 @@ fn run_twice(request: &Request) -> usize {
     for seed in TWICE {
         let of_seed = ended.iter().filter(|one| one.life.what == What::Seed(seed));
         let fingerprints: Vec<_> = of_seed.map(Ended::fingerprint).collect();
-        if fingerprints.len() != 2 || fingerprints[0].is_none() || fingerprints[0] != fingerprints[1] {
+        if fingerprints.len() != 2
+            || fingerprints[0].is_none()
+            || fingerprints[0] != fingerprints[1]
+        {
             println!("{SAME_SEED} ... FAILED: seed {seed} ran as {fingerprints:?}");
             failed = 1;
         }
@@ -148,7 +152,8 @@ pub(crate) fn mutants(request: &Request) -> ExitCode {
     for name in names {
         let duration = Some(request.duration.unwrap_or(MUTANT));
         let mut lives = of_seeds(seeds.clone(), duration);
-        let known = scenarios::NAMES.iter().map(|name| Life::new(What::Scenario((*name).to_owned()), None));
+        let known =
+            scenarios::NAMES.iter().map(|name| Life::new(What::Scenario((*name).to_owned()), None));
         lives.extend(known);
         lives.iter_mut().for_each(|life| life.mutant = Some(name.to_owned()));
         let begin = Instant::now();

@@ -64,7 +64,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Card {
     /// An empty card.
-    pub(crate) fn new(dir: &Path, random: Random, typical: Duration, on_durable: OnDurable) -> Self {
+    pub(crate) fn new(
+        dir: &Path,
+        random: Random,
+        typical: Duration,
+        on_durable: OnDurable,
+    ) -> Self {
         let card = Self {
             disk: FaultDisk::with_dir(dir),
             log: Arc::default(),
@@ -208,11 +213,13 @@ impl Card {
             log.written.retain(|frame| !mine(frame));
             return;
         }
-        let Some(newest) = log.written.iter().filter(|frame| mine(frame)).map(|f| f.number).max() else {
+        let Some(newest) = log.written.iter().filter(|frame| mine(frame)).map(|f| f.number).max()
+        else {
             return;
         };
         // Frames are chained: an older one in another file is repeated in a newer one, or was never under way.
-        let frames: Vec<Written> = log.written.extract_if(.., |frame| frame.number <= newest).collect();
+        let frames: Vec<Written> =
+            log.written.extract_if(.., |frame| frame.number <= newest).collect();
         for frame in frames.iter().filter(|frame| mine(frame)) {
             frame.records.iter().for_each(|record| log.durable.apply(record));
             (self.on_durable)(&frame.records, &log.durable);
@@ -232,8 +239,7 @@ impl Speed {
 fn agrees(expected: &LogModel, found: &LogModel) -> bool {
     // What was purged may be remembered or not where nothing depends on it: the snapshot that covers it is in the state.
     let first = expected.purged.max(found.purged).map_or(0, |purged| purged.index.get() + 1);
-    expected.vote == found.vote
-        && expected.entries.range(first..).eq(found.entries.range(first..))
+    expected.vote == found.vote && expected.entries.range(first..).eq(found.entries.range(first..))
 }
 
 fn read_log(disk: &FaultDisk, wal: &Path) -> Result<LogModel, String> {

@@ -67,7 +67,13 @@ impl Client {
             () = live.gone() => Saw::Unknown,
             saw = ask(live, command, key, expected) => saw,
         };
-        trace!(self.world, "client {} at {} {:?}: {saw:?}", self.number, live.node.status().node, tag);
+        trace!(
+            self.world,
+            "client {} at {} {:?}: {saw:?}",
+            self.number,
+            live.node.status().node,
+            tag
+        );
         if let Saw::Read { contents, .. } = &saw {
             known.clone_from(contents);
         }
@@ -99,9 +105,13 @@ async fn ask(live: &Live, command: Option<Command>, key: Bytes, expected: Option
             let revision = outcome.revision.get();
             match outcome.reply {
                 Ok(Reply::Put(_)) => Saw::Wrote { key, revision },
-                Ok(Reply::DeleteRange(reply)) if reply.deleted != 0 => Saw::Deleted { key, revision },
+                Ok(Reply::DeleteRange(reply)) if reply.deleted != 0 => {
+                    Saw::Deleted { key, revision }
+                }
                 Ok(Reply::DeleteRange(_)) => Saw::Found { key, value: None, revision },
-                Ok(Reply::Txn(reply)) if reply.succeeded => Saw::Swapped { key, expected, revision },
+                Ok(Reply::Txn(reply)) if reply.succeeded => {
+                    Saw::Swapped { key, expected, revision }
+                }
                 Ok(Reply::Txn(_)) if swaps => Saw::Differed { key, expected, revision },
                 // Refused by the state machine: nothing was changed.
                 Err(_) => Saw::Refused,
@@ -109,7 +119,9 @@ async fn ask(live: &Live, command: Option<Command>, key: Bytes, expected: Option
             }
         }
         Err(ProposeError::NoLeader | ProposeError::TooManyRequests) => Saw::Refused,
-        Err(ProposeError::TimedOut | ProposeError::LeaderChanged | ProposeError::Stopped) => Saw::Unknown,
+        Err(ProposeError::TimedOut | ProposeError::LeaderChanged | ProposeError::Stopped) => {
+            Saw::Unknown
+        }
     }
 }
 

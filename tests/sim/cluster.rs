@@ -37,7 +37,11 @@ struct Machines {
 
 impl Cluster {
     /// Nobody yet.
-    pub(crate) fn new(world: World, raft: k3s_server::raft::Options, typical_sync: Duration) -> Self {
+    pub(crate) fn new(
+        world: World,
+        raft: k3s_server::raft::Options,
+        typical_sync: Duration,
+    ) -> Self {
         let oracle = Oracle::new(world.clone());
         let promises = Promises::new(oracle.clone());
         let network = Network::new(world.clone(), promises);
@@ -128,7 +132,9 @@ impl Cluster {
             let machine = self.add_machine();
             machine.start();
             if !self.admit(&machine, Duration::from_secs(60)).await {
-                self.around.world.violation(|| format!("node {} did not become a voter in 60 s", machine.id));
+                self.around
+                    .world
+                    .violation(|| format!("node {} did not become a voter in 60 s", machine.id));
                 return false;
             }
         }

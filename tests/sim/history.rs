@@ -121,7 +121,10 @@ impl History {
     }
 
     /// Holds everything that was seen against what the nodes applied.
-    pub(crate) fn check(&self, revisions: &BTreeMap<i64, Arc<RevisionEvents>>) -> Result<(), String> {
+    pub(crate) fn check(
+        &self,
+        revisions: &BTreeMap<i64, Arc<RevisionEvents>>,
+    ) -> Result<(), String> {
         let mut state = self.lock();
         let places = places(revisions)?;
         for (began, saw) in &state.calls {
@@ -169,9 +172,17 @@ fn replay(contents: &mut Contents, events: &RevisionEvents) {
 fn places(revisions: &BTreeMap<i64, Arc<RevisionEvents>>) -> Result<HashMap<Bytes, i64>, String> {
     let mut places = HashMap::new();
     for (revision, events) in revisions {
-        for kv in events.events.iter().filter(|event| event.r#type != DELETE).filter_map(|e| e.kv.as_ref()) {
+        for kv in events
+            .events
+            .iter()
+            .filter(|event| event.r#type != DELETE)
+            .filter_map(|e| e.kv.as_ref())
+        {
             if let Some(before) = places.insert(kv.value.clone(), *revision) {
-                return Err(format!("{:?} was written twice: at {before} and at {revision}", kv.value));
+                return Err(format!(
+                    "{:?} was written twice: at {before} and at {revision}",
+                    kv.value
+                ));
             }
         }
     }
@@ -200,9 +211,10 @@ fn check_place(
         Saw::Differed { .. } | Saw::Refused if place.is_some() => {
             Err(format!("{:?} was answered {saw:?}, but was written at {place:?}", began.tag))
         }
-        Saw::Unknown if place.is_some_and(|place| place <= began.floor) => {
-            Err(format!("{:?} was written at {place:?}, before it was asked for at {}", began.tag, began.floor))
-        }
+        Saw::Unknown if place.is_some_and(|place| place <= began.floor) => Err(format!(
+            "{:?} was written at {place:?}, before it was asked for at {}",
+            began.tag, began.floor
+        )),
         Saw::Wrote { .. }
         | Saw::Swapped { .. }
         | Saw::Differed { .. }
@@ -223,4 +235,3 @@ fn check_contents(saw: &Saw, contents: &Contents) -> Result<(), String> {
     };
     if wrong { Err(format!("{saw:?}, but replaying gives {contents:?}")) } else { Ok(()) }
 }
-

@@ -64,7 +64,10 @@ impl Life {
     pub(crate) fn command(&self) -> String {
         let features = if self.mutant.is_some() { " --features mutants" } else { "" };
         let profile = if cfg!(debug_assertions) { "" } else { " --release" };
-        format!("cargo test{profile}{features} --test sim -- {}", self.arguments("--replay").join(" "))
+        format!(
+            "cargo test{profile}{features} --test sim -- {}",
+            self.arguments("--replay").join(" ")
+        )
     }
 }
 
@@ -160,7 +163,11 @@ pub(crate) fn elsewhere(life: &Life, trace: Option<&Path>) -> Ended {
 }
 
 /// Runs them all, so many at a time, and shows each when it has ended. Stops early when `each` says so.
-pub(crate) fn all(lives: Vec<Life>, jobs: usize, each: impl Fn(&Ended) -> bool + Sync) -> Vec<Ended> {
+pub(crate) fn all(
+    lives: Vec<Life>,
+    jobs: usize,
+    each: impl Fn(&Ended) -> bool + Sync,
+) -> Vec<Ended> {
     let (left, ended) = (Mutex::new(lives.into_iter()), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..jobs {

@@ -55,7 +55,10 @@ pub(crate) fn raft_options() -> Options {
         heartbeat: Duration::from_millis(500),
         election_min: Duration::from_secs(2),
         election_max: Duration::from_secs(4),
-        checkpoint: Policy { interval: Duration::from_secs(20), log_bytes: ByteCount::new(512 << 10) },
+        checkpoint: Policy {
+            interval: Duration::from_secs(20),
+            log_bytes: ByteCount::new(512 << 10),
+        },
     }
 }
 

@@ -15,7 +15,8 @@ pub(crate) fn plant(_name: &str) -> Result<(), String> {
 }
 
 /// What to say where faults cannot be planted.
-pub(crate) const MISSING: &str = "this build has no planted faults: `make sim-mutants` makes one that has";
+pub(crate) const MISSING: &str =
+    "this build has no planted faults: `make sim-mutants` makes one that has";
 
 /// Their names; none if this build has none.
 pub(crate) fn names() -> Vec<&'static str> {

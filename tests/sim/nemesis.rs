@@ -71,7 +71,9 @@ pub(crate) struct Plan {
 impl Plan {
     /// A mixture.
     pub(crate) fn draw(random: &mut Random) -> Self {
-        let members = std::env::var("M").ok().map_or([3, 3, 3, 3, 5, 5, 1, 4][random.index(8)], |m| m.parse().unwrap_or(1));
+        let members = std::env::var("M")
+            .ok()
+            .map_or([3, 3, 3, 3, 5, 5, 1, 4][random.index(8)], |m| m.parse().unwrap_or(1));
         let some = 40 + random.below(60);
         let mut troubles: Vec<Trouble> =
             Trouble::ALL.iter().copied().filter(|_| random.percent(some)).collect();
@@ -136,7 +138,11 @@ impl Nemesis {
 
     /// Switched on again some time later.
     fn back_later(&mut self, machine: &Machine) {
-        let off = if self.random.percent(70) { self.random.below(2_000) } else { self.random.below(15_000) };
+        let off = if self.random.percent(70) {
+            self.random.below(2_000)
+        } else {
+            self.random.below(15_000)
+        };
         let machine = machine.clone();
         tokio::spawn(async move {
             sleep(Duration::from_millis(off)).await;

@@ -335,7 +335,11 @@ struct Link {
 
 impl Link {
     /// Carries a stream until it ends or the connection breaks.
-    async fn pump(self, mut messages: BoxStream<Result<Bytes, CallError>>, out: mpsc::Sender<Item>) {
+    async fn pump(
+        self,
+        mut messages: BoxStream<Result<Bytes, CallError>>,
+        out: mpsc::Sender<Item>,
+    ) {
         let (sent, arriving) = mpsc::channel(WINDOW);
         let network = self.network.clone();
         let deliver = tokio::spawn(self.deliver(arriving, out));
@@ -361,7 +365,13 @@ impl Link {
                 return;
             }
             if let Item::Message(Ok(bytes)) = &item {
-                trace!(self.network.world, "stream {} -> {} {}", self.from.node, self.to.node, bytes.len());
+                trace!(
+                    self.network.world,
+                    "stream {} -> {} {}",
+                    self.from.node,
+                    self.to.node,
+                    bytes.len()
+                );
             }
             self.network.lock().messages += 1;
             if out.send(item).await.is_err() {

@@ -117,7 +117,9 @@ impl Oracle {
                 Record::Vote(vote) => {
                     let before = seen.votes.insert(node.get(), *vote);
                     if let Some(before) = before.filter(|before| rank(*vote) < rank(*before)) {
-                        self.world.violation(|| format!("node {node} forgot its vote {before} for {vote}"));
+                        self.world.violation(|| {
+                            format!("node {node} forgot its vote {before} for {vote}")
+                        });
                     }
                 }
                 Record::Committed(_) | Record::TruncateAfter(_) | Record::Purge(_) => {}
@@ -148,7 +150,9 @@ impl Oracle {
         }
         if promised.is_none_or(|promised| rank(promised) < rank(leader)) {
             self.world.violation(|| {
-                format!("persist before reply: node {node} follows {leader}, its card says {promised:?}")
+                format!(
+                    "persist before reply: node {node} follows {leader}, its card says {promised:?}"
+                )
             });
         }
     }
@@ -225,10 +229,14 @@ impl Oracle {
         running.applied = Some(batch.applied);
         running.revision = running.revision.max(batch.revision);
         for events in &batch.events {
-            let known = seen.revisions.entry(events.revision.get()).or_insert_with(|| Arc::clone(events));
+            let known =
+                seen.revisions.entry(events.revision.get()).or_insert_with(|| Arc::clone(events));
             if known != events {
                 self.world.violation(|| {
-                    format!("revision {} is {:?} on one node and {:?} on node {node}", events.revision, known, events)
+                    format!(
+                        "revision {} is {:?} on one node and {:?} on node {node}",
+                        events.revision, known, events
+                    )
                 });
             }
         }
@@ -266,14 +274,22 @@ impl Seen {
         self.nodes.entry(node.get()).or_default()
     }
 
-    fn entry(&mut self, node: NodeId, id: LogId, payload: &[u8], log: &LogModel) -> Result<(), String> {
+    fn entry(
+        &mut self,
+        node: NodeId,
+        id: LogId,
+        payload: &[u8],
+        log: &LogModel,
+    ) -> Result<(), String> {
         self.checked.entries += 1;
         let index = id.index.get();
         let payload_hash = hash_of(payload);
         let previous = index.checked_sub(1).and_then(|before| log.id_at(before));
         let known = self.entries.entry(id).or_insert(Entry { payload_hash, previous });
         if known.payload_hash != payload_hash {
-            return Err(format!("log matching: two entries are called {id}, one of them on node {node}"));
+            return Err(format!(
+                "log matching: two entries are called {id}, one of them on node {node}"
+            ));
         }
         match (known.previous, previous) {
             (Some(known), Some(found)) if known != found => Err(format!(
@@ -316,7 +332,10 @@ impl Seen {
         }
         let Some(card) = self.cards.get(&node.get()) else { return };
         let known = card.durable(|log| {
-            log.memberships.range(..=id.index.get()).map(|(index, voters)| (*index, voters.clone())).collect::<Vec<_>>()
+            log.memberships
+                .range(..=id.index.get())
+                .map(|(index, voters)| (*index, voters.clone()))
+                .collect::<Vec<_>>()
         });
         self.memberships.extend(known);
     }
@@ -338,7 +357,8 @@ impl Seen {
         }
         let at = known.range(..=index).next_back().map(|(at, _)| *at).unwrap_or_default();
         // A leader counts by the newest membership in its log, which may stand behind the entry.
-        let decided = known.range(at..).any(|(_, voters)| voters.is_quorum(|id| holders.contains(&id)));
+        let decided =
+            known.range(at..).any(|(_, voters)| voters.is_quorum(|id| holders.contains(&id)));
         if decided || known.is_empty() && holders.len() == 1 {
             return Ok(());
         }
@@ -365,8 +385,7 @@ fn memberships_after(log: &Wal, id: LogId) -> Vec<(u64, Voters)> {
     let start = id.index.next();
     let end = log.hard_state().last.map_or(start, |last| last.index.next().max(start));
     let entries = log.entries(start..end, u64::MAX).unwrap_or_default();
-    let voters = |entry: &wal::Entry| {
-        Some((entry.id.index.get(), Voters::of_payload(&entry.payload)?))
-    };
+    let voters =
+        |entry: &wal::Entry| Some((entry.id.index.get(), Voters::of_payload(&entry.payload)?));
     entries.iter().filter_map(voters).collect()
 }

@@ -40,11 +40,7 @@ fn log_id(id: &wire::LogId) -> LogId {
 }
 
 fn vote(vote: &wire::Vote) -> Vote {
-    Vote {
-        term: Term::new(vote.term),
-        node: NodeId::new(vote.node),
-        committed: vote.committed,
-    }
+    Vote { term: Term::new(vote.term), node: NodeId::new(vote.node), committed: vote.committed }
 }
 
 impl Promises {
@@ -128,7 +124,9 @@ impl StreamPromises {
     pub(crate) fn asks(&self, caller: NodeId, message: &[u8]) {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         match self.method {
-            StreamMethod::Append => asked.push_back(Asked::Append(self.promises.append(caller, message))),
+            StreamMethod::Append => {
+                asked.push_back(Asked::Append(self.promises.append(caller, message)))
+            }
             // The header comes first; chunks follow.
             StreamMethod::Snapshot if asked.is_empty() => {
                 let header = wire::SnapshotHeader::decode(message).unwrap_or_default();
@@ -147,7 +145,12 @@ impl StreamPromises {
             Some(Asked::Snapshot(leader, last)) => {
                 let reply = wire::SnapshotReply::decode(message).unwrap_or_default();
                 // A newer vote in the answer says no.
-                if reply.vote.as_ref().map(vote).is_some_and(|vote| (vote.term, vote.node) == (leader.term, leader.node)) {
+                if reply
+                    .vote
+                    .as_ref()
+                    .map(vote)
+                    .is_some_and(|vote| (vote.term, vote.node) == (leader.term, leader.node))
+                {
                     self.promises.oracle.has_snapshot(self.callee, last);
                 }
             }

@@ -41,7 +41,11 @@ pub(crate) struct Watch {
 }
 
 /// Runs `body` in a simulated world of its own on this thread.
-pub(crate) fn simulate<F>(seed: u64, watch: Watch, body: impl FnOnce(World) -> F) -> (World, F::Output)
+pub(crate) fn simulate<F>(
+    seed: u64,
+    watch: Watch,
+    body: impl FnOnce(World) -> F,
+) -> (World, F::Output)
 where
     F: Future,
 {
@@ -63,7 +67,13 @@ where
 /// The run of one seed.
 pub(crate) fn seed(seed: u64, duration: Duration, watch: Watch) -> Report {
     let (world, report) = simulate(seed, watch, |world| whole(world, duration));
-    Report { counts: report.counts, checked: report.checked, done: report.done, messages: report.messages, ..self::report(&world) }
+    Report {
+        counts: report.counts,
+        checked: report.checked,
+        done: report.done,
+        messages: report.messages,
+        ..self::report(&world)
+    }
 }
 
 /// What every run tells of its world.
@@ -142,7 +152,10 @@ async fn recover(
         return Ok(());
     }
     if leader.is_none() {
-        return Err(format!("no leader {LEADER_WITHIN:?} after the last trouble: {:?}", cluster.statuses()));
+        return Err(format!(
+            "no leader {LEADER_WITHIN:?} after the last trouble: {:?}",
+            cluster.statuses()
+        ));
     }
     trace!(world, "a leader after {:.3} s", seconds(began));
     write_through_everybody(world, cluster, history).await?;
@@ -150,7 +163,10 @@ async fn recover(
     clients.iter().for_each(JoinHandle::abort);
     let equal = cluster.wait(EQUAL_WITHIN, || cluster.converged()).await;
     if equal.is_none() && !world.is_violated() {
-        return Err(format!("not equal {EQUAL_WITHIN:?} after the last trouble: {:?}", cluster.statuses()));
+        return Err(format!(
+            "not equal {EQUAL_WITHIN:?} after the last trouble: {:?}",
+            cluster.statuses()
+        ));
     }
     trace!(world, "equal after {:.3} s: {equal:?}", seconds(began));
     cluster.compare_states();

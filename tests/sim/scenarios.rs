@@ -62,7 +62,8 @@ struct Scene {
 
 async fn scenario(name: String, world: World) {
     let cluster = Cluster::new(world.clone(), raft_options(), Duration::from_millis(5));
-    let mut scene = Scene { world: world.clone(), cluster, history: History::default(), written: 0 };
+    let mut scene =
+        Scene { world: world.clone(), cluster, history: History::default(), written: 0 };
     let done = match name.as_str() {
         "a_restarted_leader_is_elected_anew" => scene.restarted_leader().await,
         "nothing_is_committed_without_a_majority" => scene.no_majority().await,
@@ -112,7 +113,10 @@ impl Scene {
                 .then(|| self.cluster.leader())
                 .flatten()
         };
-        self.cluster.wait(Duration::from_secs(20), all_know).await.ok_or("not everybody knows".to_owned())
+        self.cluster
+            .wait(Duration::from_secs(20), all_know)
+            .await
+            .ok_or("not everybody knows".to_owned())
     }
 
     fn machine(&self, id: NodeId) -> Machine {
@@ -137,7 +141,8 @@ impl Scene {
             if self.world.is_violated() {
                 return Err("a violation came first".to_owned());
             }
-            let live: Vec<Live> = self.cluster.machines().iter().filter_map(Machine::live).collect();
+            let live: Vec<Live> =
+                self.cluster.machines().iter().filter_map(Machine::live).collect();
             turn += 1;
             if let Some(live) = live.get(turn % live.len().max(1)).cloned()
                 && self.write(&live).await?
@@ -216,7 +221,13 @@ impl Scene {
     }
 
     /// A partition of this shape, and a connected majority in it.
-    async fn shape(&mut self, members: usize, shape: Shape, place: Place, elects: bool) -> Result<(), String> {
+    async fn shape(
+        &mut self,
+        members: usize,
+        shape: Shape,
+        place: Place,
+        elects: bool,
+    ) -> Result<(), String> {
         let leader = self.form(members).await?.node.status().node;
         let mut order: Vec<NodeId> =
             self.cluster.ids().into_iter().filter(|id| *id != leader).collect();
@@ -274,7 +285,10 @@ async fn joining(world: &World) -> Result<(), String> {
         };
         let struck = cut_at(&cluster, &joiner, nth, Duration::from_secs(20)).await?;
         if !admitted.await.unwrap_or(false) {
-            return Err(format!("power cut at write {nth}: not admitted, {:?}", cluster.statuses()));
+            return Err(format!(
+                "power cut at write {nth}: not admitted, {:?}",
+                cluster.statuses()
+            ));
         }
         cluster.machines().iter().for_each(Machine::retire);
         if !struck {
@@ -285,14 +299,20 @@ async fn joining(world: &World) -> Result<(), String> {
 }
 
 /// Starts a machine whose power goes at its `nth` write, and once more. False if it had no such write.
-async fn cut_at(cluster: &Cluster, machine: &Machine, nth: u64, most: Duration) -> Result<bool, String> {
+async fn cut_at(
+    cluster: &Cluster,
+    machine: &Machine,
+    nth: u64,
+    most: Duration,
+) -> Result<bool, String> {
     machine.excuse();
     machine.card.disk().fail(Fault::power_loss(nth));
     machine.start();
     let leads = || cluster.leader().filter(|_| machine.live().is_some());
     let settled = || {
         let struck = machine.card.disk().has_failed();
-        let done = leads().is_some() && cluster.statuses().iter().all(|s| s.applied == s.last_index);
+        let done =
+            leads().is_some() && cluster.statuses().iter().all(|s| s.applied == s.last_index);
         (struck || done).then_some(struck)
     };
     let struck = cluster.wait(most, settled).await.ok_or("neither done nor struck")?;

@@ -43,10 +43,16 @@ struct Trace {
 impl World {
     /// A world at its beginning. `keep` remembers the trace, `echo` prints it.
     pub(crate) fn new(seed: u64, keep: bool, echo: bool) -> Self {
-        let trace = Trace { hash: 0xcbf2_9ce4_8422_2325, lines: 0, kept: keep.then(String::new), echo };
+        let trace =
+            Trace { hash: 0xcbf2_9ce4_8422_2325, lines: 0, kept: keep.then(String::new), echo };
         Self(Arc::new(Inner {
             start: tokio::time::Instant::now(),
-            state: Mutex::new(State { random: Random::new(seed), trace, violation: None, ended: Duration::ZERO }),
+            state: Mutex::new(State {
+                random: Random::new(seed),
+                trace,
+                violation: None,
+                ended: Duration::ZERO,
+            }),
             violated: watch::channel(false).0,
         }))
     }
