@@ -50,6 +50,7 @@ use super::quorum::{Tally, Verdict};
 use super::transport::{CallError, Method, Refused, Transport};
 use super::types::{self, Raft};
 use super::{Member, Node, ReadBarrier, ReadError, wire};
+use crate::mutants::{Mutant, is_planted};
 use crate::proto::node;
 use crate::types::{LogIndex, NodeId, Vote};
 
@@ -164,7 +165,7 @@ impl Reader {
         let mut tally = Tally::new(sets);
         // Its own answer is the look at its position, which is part of this round.
         tally.heard(self.id, true);
-        if tally.verdict() == Verdict::Won {
+        if tally.verdict() == Verdict::Won || is_planted(Mutant::ReadWithoutQuorum) {
             return Round::Confirmed(index);
         }
         let request = wire::encode_following(vote);
@@ -241,6 +242,9 @@ impl Node {
         let start = self.counters().now();
         let confirm = async {
             let index = self.read_index(false).await?;
+            if is_planted(Mutant::ReadBeforeApplied) {
+                return Ok(ReadBarrier(()));
+            }
             self.wait_applied(index).await.map_err(|_stopped| ReadError::Stopped)?;
             Ok(ReadBarrier(()))
         };
