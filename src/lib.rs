@@ -4,6 +4,7 @@
 
 pub mod events;
 pub mod limits;
+pub mod mutants;
 pub mod proto;
 pub mod types;
 
@@ -25,12 +26,15 @@ pub mod apply;
 
 pub mod raft;
 
+pub mod peers;
+
 pub mod backup;
 pub mod etcd;
 pub mod join;
 
 pub mod observe;
 
+pub mod admin;
 pub mod server;
 
 pub mod cli;

@@ -87,6 +87,9 @@ pub const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(300);
 /// Page cache of the state machine. redb's own default is 1 GiB, more than a Pi has.
 pub const STATE_CACHE_BYTES: usize = 16 << 20;
 
+/// Fastest that a snapshot is sent: half of what a Pi's card can write, so that its log finds the other half.
+pub const SNAPSHOT_BYTES_PER_SECOND: u64 = 8 * MIB;
+
 /// A file that is given back when the card is full, so that deletes and compaction still work.
 pub const BALLAST_BYTES: u64 = 32 * MIB;
 
@@ -99,7 +102,39 @@ pub const SPACE_ENOUGH_BYTES: u64 = 96 * MIB;
 /// Writes to the state machine's file that may be held in memory while the card is slow, or full.
 pub const STATE_HELD_BYTES_MAX: usize = 16 << 20;
 
+/// Nodes that may be on their way in at a time. Each is filled from the leader's card.
+pub const LEARNERS_MAX: usize = 4;
+
+/// A learner that has not answered for so long is given up; its place is for others.
+pub const LEARNER_SILENT_MAX: Duration = Duration::from_secs(300);
+
+/// A learner that answers and has no more of the log than before is given up after this: longer than any snapshot takes.
+pub const LEARNER_STUCK_MAX: Duration = Duration::from_secs(1_800);
+
+/// A card that keeps a barrier waiting for so long is no card to lead with.
+pub const CARD_SLOW: Duration = Duration::from_secs(1);
+
+/// A leader whose card keeps it waiting for so long hands over: not sooner, because the others bridge a pause with no gap at
+/// all, and in time before [`CARD_HUNG_EXIT`].
+pub const HAND_OVER_STALL: Duration = Duration::from_secs(15);
+
+/// It hands over sooner, after this, if so much of the log waits in memory.
+pub const HAND_OVER_STALL_MIN: Duration = Duration::from_secs(3);
+
+/// See [`HAND_OVER_STALL_MIN`].
+pub const HAND_OVER_BYTES: u64 = 32 * MIB;
+
+/// Rest between two attempts to hand over.
+pub const HAND_OVER_COOLDOWN: Duration = Duration::from_secs(60);
+
+/// A card that has not answered a barrier for so long will not: the node exits, and systemd starts it again.
+pub const CARD_HUNG_EXIT: Duration = Duration::from_secs(20);
+
 const _: () = {
+    assert!(HAND_OVER_STALL_MIN.as_secs() < HAND_OVER_STALL.as_secs());
+    // A look a second, a hand-over within two elections' pre-vote and vote.
+    assert!(HAND_OVER_STALL.as_secs() + 3 <= CARD_HUNG_EXIT.as_secs());
+    assert!(LEARNER_SILENT_MAX.as_secs() < LEARNER_STUCK_MAX.as_secs());
     assert!(REQUEST_BYTES_MAX + GRPC_OVERHEAD_BYTES <= WAL_RECORD_BYTES_MAX);
     // Two connections that never read must leave the others more than they take.
     assert!(2 * ANSWER_BYTES_PER_CONNECTION_MAX <= ANSWER_BYTES_MAX / 2);

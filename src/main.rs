@@ -1,10 +1,16 @@
 //! The `k3s-server` program.
 
-use std::io::Write;
+use std::io::{self, BufRead as _, IsTerminal as _, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 
+use k3s_server::admin::check::{NotAsked, Sources, Verdict, ask_cluster};
+use k3s_server::admin::client::Connection;
+use k3s_server::admin::{self, Action, AdminError};
 use k3s_server::cli::{self, Failure, Format, Programs, WalArguments};
-use k3s_server::config::Loaded;
+use k3s_server::config::{Config, Loaded};
+use k3s_server::env::host;
+use k3s_server::join::Identity;
 use k3s_server::server;
 
 /// What the command line hands over to the rest of the program.
@@ -15,6 +21,42 @@ impl Programs for Assembly {
         server::run(&loaded).map_err(failure)
     }
 
+    fn check(&self, config: &Config, server_named: bool) -> Verdict {
+        let identity = Identity::load(&host::env(), &config.db_dir);
+        let on_disk = identity.as_ref().ok().copied().flatten();
+        let disk = || match &identity {
+            Err(error) => Err(NotAsked::for_now(error)),
+            Ok(_) => server::recorded_flags(&config.db_dir).map_err(NotAsked::for_now),
+        };
+        let cluster = || ask_cluster(config, Arc::new(server::Network));
+        let sources = Sources { on_disk, disk: &disk, cluster: &cluster, named: server_named };
+        admin::check::check(config, &sources)
+    }
+
+    fn admin(
+        &self,
+        connection: &Connection,
+        action: &Action,
+        format: admin::Format,
+        out: &mut dyn Write,
+    ) -> Result<(), Failure> {
+        admin::run(connection, action, format, &confirm, out).map_err(|error| {
+            let remedy = error.remedy();
+            let failure = match error {
+                // Decides itself whether that is one: `| head` has seen enough.
+                AdminError::Io(error) => Failure::from(error),
+                AdminError::Connection(_)
+                | AdminError::Refused(_)
+                | AdminError::Member(_)
+                | AdminError::NotConfirmed => failed(error),
+            };
+            match remedy {
+                Some(remedy) => failure.fix(remedy),
+                None => failure,
+            }
+        })
+    }
+
     fn wal_verify(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure> {
         server::verify(&arguments.directory, arguments.format == Format::Json, out).map_err(failed)
     }
@@ -22,6 +64,18 @@ impl Programs for Assembly {
     fn wal_dump(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure> {
         server::dump(&arguments.directory, arguments.format == Format::Json, out).map_err(failed)
     }
+}
+
+/// Asks on the terminal. Where there is none, nobody has agreed.
+fn confirm(question: &str) -> bool {
+    let (input, mut terminal) = (io::stdin(), io::stderr());
+    if !input.is_terminal() {
+        return false;
+    }
+    let mut answer = String::new();
+    let asked = write!(terminal, "{question} [y/N] ").and_then(|()| terminal.flush());
+    let read = asked.and_then(|()| input.lock().read_line(&mut answer));
+    read.is_ok() && matches!(answer.trim(), "y" | "Y" | "yes")
 }
 
 fn failed(error: impl ToString) -> Failure {

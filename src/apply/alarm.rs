@@ -24,7 +24,7 @@ pub(super) fn permit(txn: &WriteTxn<'_>, command: &Command) -> Step<()> {
 
 const fn allowed_when_corrupt(command: &Command) -> bool {
     match command {
-        Command::LeaseCheckpoint(_) | Command::Alarm(_) => true,
+        Command::LeaseCheckpoint(_) | Command::Alarm(_) | Command::Cluster(_) => true,
         Command::Put(_)
         | Command::DeleteRange(_)
         | Command::Txn(_)
@@ -42,7 +42,8 @@ fn needs_space(command: &Command) -> bool {
         | Command::Compact(_)
         | Command::LeaseRevoke(_)
         | Command::LeaseCheckpoint(_)
-        | Command::Alarm(_) => false,
+        | Command::Alarm(_)
+        | Command::Cluster(_) => false,
     }
 }
 

@@ -21,6 +21,7 @@
 //! (`lease`).
 
 mod alarm;
+mod cluster;
 mod kv;
 mod lease;
 mod operations;
@@ -36,8 +37,10 @@ use thiserror::Error;
 use crate::command::Command;
 use crate::mvcc::{ReadTxn, RevisionError, RevisionEvents, StoreError, View, WriteTxn};
 use crate::proto::etcdserverpb as pb;
+use crate::proto::node::ClusterReply;
 use crate::types::{LeaseId, LogId, Revision};
 
+pub use cluster::{flags, node, nodes};
 pub use operations::Operations;
 pub use room::{Room, Unbounded};
 
@@ -76,6 +79,7 @@ pub enum Reply {
     LeaseRevoke(pb::LeaseRevokeResponse),
     LeaseCheckpoint,
     Alarm(pb::AlarmResponse),
+    Cluster(ClusterReply),
 }
 
 /// What applying a command answered, and the store's revision after it.
@@ -216,6 +220,7 @@ fn run(txn: &mut WriteTxn<'_>, command: &Command, leases: &mut Vec<LeaseChange>)
             Ok(Reply::LeaseCheckpoint)
         }
         Command::Alarm(request) => alarm::alarm(txn, request).map(Reply::Alarm),
+        Command::Cluster(change) => cluster::change(txn, change).map(Reply::Cluster),
     }
 }
 

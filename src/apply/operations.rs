@@ -43,7 +43,8 @@ impl Operations {
             | Reply::LeaseGrant(_)
             | Reply::LeaseRevoke(_)
             | Reply::LeaseCheckpoint
-            | Reply::Alarm(_) => {}
+            | Reply::Alarm(_)
+            | Reply::Cluster(_) => {}
         }
         done
     }

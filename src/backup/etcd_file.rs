@@ -238,6 +238,7 @@ mod tests {
             name: "pi1".into(),
             peer_urls: vec!["https://10.0.0.1:2380".into()],
             client_urls: vec!["https://10.0.0.1:2379".into()],
+            replaces: None,
             learner,
         };
         let file = EtcdFile {

@@ -11,9 +11,14 @@ use clap_complete::Shell;
 use crate::config::keys::{KEYS, find};
 use crate::config::{Given, Key, Kind, Repeat};
 
-use super::{Command, Exit, Failure, Format, Show, WalArguments};
+use super::{Command, Exit, Failure, Format, Show, Target, WalArguments};
+use crate::admin::{self, Action};
+use crate::critical::Flag;
 
 const NAME: &str = "k3s-server";
+
+/// For the shell to offer.
+const CRITICAL: &[&str] = &Flag::NAMES;
 
 /// Widest help text, whatever the terminal.
 const WIDTH_MAX: usize = 100;
@@ -41,6 +46,9 @@ pub fn parse(arguments: &[OsString], width: Option<usize>) -> Result<Command, Fa
             Some(("dump", matches)) => Command::WalDump(wal(matches)),
             _ => unreachable!("clap asks for a subcommand of wal"),
         },
+        Some(("flags", matches)) => flags_command(matches),
+        Some(("member", matches)) => member_command(matches),
+        Some(("token", matches)) => Command::Token(given(matches), matches.get_flag("show")),
         Some(("completion", matches)) => {
             let shell = matches.get_one::<String>("shell").map(String::as_str);
             Command::Completion(match shell {
@@ -52,6 +60,54 @@ pub fn parse(arguments: &[OsString], width: Option<usize>) -> Result<Command, Fa
         Some(("version", _)) => Command::Version,
         _ => unreachable!("clap asks for a subcommand"),
     })
+}
+
+fn flags_command(matches: &ArgMatches) -> Command {
+    match matches.subcommand() {
+        Some(("show", matches)) => admin(matches, Action::FlagsShow),
+        Some(("set", matches)) => {
+            let (flag, value) = (word(matches, "flag"), word(matches, "value"));
+            admin(matches, Action::FlagsSet { flag, value })
+        }
+        _ => unreachable!("clap asks for a subcommand of flags"),
+    }
+}
+
+fn member_command(matches: &ArgMatches) -> Command {
+    match matches.subcommand() {
+        Some(("list", matches)) => admin(matches, Action::MemberList),
+        Some(("remove", matches)) => {
+            let (member, yes) = (word(matches, "member"), matches.get_flag("yes"));
+            admin(matches, Action::MemberRemove { member, yes })
+        }
+        Some(("promote", matches)) => {
+            admin(matches, Action::MemberPromote { member: word(matches, "member") })
+        }
+        _ => unreachable!("clap asks for a subcommand of member"),
+    }
+}
+
+fn word(matches: &ArgMatches, name: &str) -> String {
+    matches.get_one::<String>(name).cloned().unwrap_or_default()
+}
+
+fn admin(matches: &ArgMatches, action: Action) -> Command {
+    let path = |name: &str| matches.get_one::<PathBuf>(name).cloned();
+    let endpoints = matches.get_many::<String>("endpoint").into_iter().flatten();
+    let endpoints = endpoints.flat_map(|text| text.split(',')).filter(|text| !text.is_empty());
+    let target = Target {
+        endpoints: endpoints.map(str::to_owned).collect(),
+        authority: path("cacert"),
+        certificate: path("cert"),
+        key: path("key"),
+    };
+    let output = matches.try_get_one::<String>("output").ok().flatten();
+    let format = match output.map(String::as_str) {
+        Some("json") => admin::Format::Json,
+        Some("yaml") => admin::Format::Yaml,
+        _ => admin::Format::Table,
+    };
+    Command::Admin(given(matches), target, action, format)
 }
 
 /// Help and version are answers; everything else is wrong usage.
@@ -90,7 +146,14 @@ pub fn parser(width: Option<usize>) -> clap::Command {
                 )
                 .after_help(AFTER_HELP),
             with_keys(clap::Command::new("check"), false)
-                .about("Check the configuration without starting; takes the flags of server")
+                .about("Check the configuration, and whether it fits the cluster, without starting; takes the flags of server")
+                .long_about(
+                    "Check the configuration without starting anything; takes the flags of server. If it is right by itself, its \
+                     critical flags are compared with the cluster's: those of the server that runs here, else of the datastore \
+                     on this disk, else of the cluster that `server` and `token` lead to. With --server on the command line, \
+                     that cluster is asked in any case. Nothing is changed anywhere.",
+                )
+                .after_help(AFTER_HELP)
                 .arg(output()),
             clap::Command::new("config")
                 .about("Look at the configuration")
@@ -107,16 +170,16 @@ pub fn parser(width: Option<usize>) -> clap::Command {
                                 .help("Show defaults too"),
                         ),
                 ),
-            clap::Command::new("wal")
-                .about("Inspect a log, of a running or a stopped node")
-                .subcommand_required(true)
-                .disable_help_subcommand(true)
-                .subcommand(
-                    on_directory(clap::Command::new("verify"))
-                        .about("Check every segment and frame and report the first damage"),
-                )
-                .subcommand(
-                    on_directory(clap::Command::new("dump")).about("Print every committed write in order"),
+            wal_parser(),
+            flags_parser(),
+            member_parser(),
+            with_keys(clap::Command::new("token"), false)
+                .about("Print where the token of this server's cluster is")
+                .arg(
+                    Arg::new("show")
+                        .long("show")
+                        .action(ArgAction::SetTrue)
+                        .help("Print the token itself: with it, servers and agents can join"),
                 ),
             clap::Command::new("version").about("Print the version"),
             clap::Command::new("completion").about("Print a completion script").arg(
@@ -127,6 +190,108 @@ pub fn parser(width: Option<usize>) -> clap::Command {
         Some(width) => parser.term_width(width),
         None => parser,
     }
+}
+
+fn wal_parser() -> clap::Command {
+    clap::Command::new("wal")
+        .about("Inspect a log, of a running or a stopped node")
+        .subcommand_required(true)
+        .disable_help_subcommand(true)
+        .subcommand(
+            on_directory(clap::Command::new("verify"))
+                .about("Check every segment and frame and report the first damage"),
+        )
+        .subcommand(
+            on_directory(clap::Command::new("dump")).about("Print every committed write in order"),
+        )
+}
+
+fn flags_parser() -> clap::Command {
+    clap::Command::new("flags")
+        .about("The flags that are the same on all servers: look at them, change one")
+        .subcommand_required(true)
+        .disable_help_subcommand(true)
+        .subcommand(
+            on_server(clap::Command::new("show"))
+                .about("Print the flags of the cluster: since when, set by whom, and where this server differs")
+                .arg(formats(&["table", "json", "yaml"]))
+                .after_help(AFTER_HELP),
+        )
+        .subcommand(
+            on_server(clap::Command::new("set"))
+                .about("Give a flag another value in the whole cluster")
+                .long_about(
+                    "Give a flag another value in the whole cluster. Servers that run go on as they are; each needs the new value in \
+                     its configuration at its next start. Networks, DNS address and domain of a living cluster cannot change.",
+                )
+                .arg(Arg::new("flag").required(true).value_name("FLAG").value_parser(AnyText(CRITICAL)).help("Its name"))
+                .arg(
+                    Arg::new("value")
+                        .required(true)
+                        .value_name("VALUE")
+                        .allow_hyphen_values(true)
+                        .help("As on the command line of server; \"\" for the default"),
+                )
+                .after_help(AFTER_HELP),
+        )
+}
+
+fn member_parser() -> clap::Command {
+    let member = || Arg::new("member").required(true).value_name("MEMBER").help("Its name or id");
+    clap::Command::new("member")
+        .about("The servers of the cluster: list them, remove or promote one")
+        .subcommand_required(true)
+        .disable_help_subcommand(true)
+        .subcommand(
+            on_server(clap::Command::new("list"))
+                .about("Print the members: who leads, who answers, how far behind, and how many may fail")
+                .arg(formats(&["table", "json"]))
+                .after_help(AFTER_HELP),
+        )
+        .subcommand(
+            on_server(clap::Command::new("remove"))
+                .about("Remove a member for good; its card can join again as a new one")
+                .arg(member())
+                .arg(
+                    Arg::new("yes")
+                        .long("yes")
+                        .short('y')
+                        .action(ArgAction::SetTrue)
+                        .help("Do not ask"),
+                )
+                .after_help(AFTER_HELP),
+        )
+        .subcommand(
+            on_server(clap::Command::new("promote"))
+                .about("Give a learner its vote now; the leader does this by itself when the learner has caught up")
+                .arg(member())
+                .after_help(AFTER_HELP),
+        )
+}
+
+/// Adds what leads to a running server.
+fn on_server(command: clap::Command) -> clap::Command {
+    let file = |name: &'static str, help: &'static str| {
+        Arg::new(name)
+            .long(name)
+            .value_name("FILE")
+            .value_parser(clap::value_parser!(PathBuf))
+            .help(help)
+            .help_heading("Server to ask")
+    };
+    with_keys(command, false)
+        .mut_arg("db-dir", |flag| flag.hide(false))
+        .arg(
+            Arg::new("endpoint")
+                .long("endpoint")
+                .value_name("URL")
+                .action(ArgAction::Append)
+                .help("Client API of any server [default: this host's own]")
+                .help_heading("Server to ask"),
+        )
+        .arg(file("cacert", "Certificate authority [default: tls/ca.crt in db-dir]"))
+        .arg(file("cert", "Client certificate [default: tls/client.crt in db-dir]"))
+        .arg(file("key", "Its key [default: tls/client.key in db-dir]"))
 }
 
 /// Adds every key as a flag. Where they are not what the subcommand is about, only `config` is shown, and `-o`
@@ -180,6 +345,16 @@ fn output() -> Arg {
         .value_name("FORMAT")
         .value_parser(["text", "json"])
         .default_value("text")
+        .help("Form of the output")
+}
+
+fn formats(names: &[&'static str]) -> Arg {
+    Arg::new("output")
+        .long("output")
+        .short('o')
+        .value_name("FORMAT")
+        .value_parser(clap::builder::PossibleValuesParser::new(names))
+        .default_value("table")
         .help("Form of the output")
 }
 

@@ -23,17 +23,28 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::config::{self, Given, Loaded, Request};
+use crate::admin::check::Verdict;
+use crate::admin::client::Connection;
+use crate::admin::{self, Action};
+use crate::config::{self, Config, Given, Loaded, Request};
+use crate::pki::Paths;
 
 pub use world::World;
+
+/// Below `db-dir`.
+const TOKEN_FILE: &str = "token";
 
 /// What was asked for.
 #[derive(Debug)]
 pub enum Command {
     /// Run the daemon.
     Server(Vec<Given>),
-    /// Check the configuration only.
+    /// Check the configuration, and whether it fits the cluster.
     Check(Vec<Given>, Format),
+    /// Ask a running server.
+    Admin(Vec<Given>, Target, Action, admin::Format),
+    /// Print where the token is, or the token.
+    Token(Vec<Given>, bool),
     /// Print the configuration with origins.
     ConfigShow(Vec<Given>, Show),
     /// Look for damage in a log.
@@ -55,6 +66,19 @@ pub struct WalArguments {
     pub directory: PathBuf,
     /// Form of the output.
     pub format: Format,
+}
+
+/// The server to ask, as far as it was named. What is left out comes from the configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Target {
+    /// `--endpoint`
+    pub endpoints: Vec<String>,
+    /// `--cacert`
+    pub authority: Option<PathBuf>,
+    /// `--cert`
+    pub certificate: Option<PathBuf>,
+    /// `--key`
+    pub key: Option<PathBuf>,
 }
 
 /// Form of an output.
@@ -79,6 +103,19 @@ pub struct Show {
 pub trait Programs {
     /// Runs the daemon until it is told to stop. Warnings are the daemon's to log.
     fn server(&self, loaded: Loaded) -> Result<(), Failure>;
+
+    /// What a start with this configuration would do, and whether its flags are the cluster's. With `server_named`, the cluster
+    /// of `server` is meant, whatever is on disk.
+    fn check(&self, config: &Config, server_named: bool) -> Verdict;
+
+    /// Asks a running server.
+    fn admin(
+        &self,
+        connection: &Connection,
+        action: &Action,
+        format: admin::Format,
+        out: &mut dyn Write,
+    ) -> Result<(), Failure>;
 
     /// Looks for damage in the log of a node.
     fn wal_verify(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure>;
@@ -195,14 +232,11 @@ fn carry_out(
 ) -> Result<(), Failure> {
     match command {
         Command::Server(given) => programs.server(load(given, world)?),
-        Command::Check(given, format) => {
-            let result = config::load(&request(given, world));
-            report::check(&result, format, out)?;
-            match result {
-                Ok(_) => Ok(()),
-                Err(_) => Err(Failure::configuration("")),
-            }
+        Command::Check(given, format) => check(given, format, world, programs, out),
+        Command::Admin(given, target, action, format) => {
+            programs.admin(&connection(given, target, world)?, &action, format, out)
         }
+        Command::Token(given, show) => token(&load(given, world)?.config, show, out),
         Command::ConfigShow(given, show) => {
             Ok(report::config(&load(given, world)?.config, show, out)?)
         }
@@ -212,6 +246,66 @@ fn carry_out(
         Command::Completion(shell) => Ok(out.write_all(&arguments::completion(shell))?),
         Command::Help(text) => Ok(out.write_all(text.as_bytes())?),
     }
+}
+
+fn check(
+    given: Vec<Given>,
+    format: Format,
+    world: &World,
+    programs: &dyn Programs,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
+    let server_named = given.iter().any(|given| given.key.name == "server");
+    let result = config::load(&request(given, world));
+    let verdict = result.as_ref().ok().map(|loaded| programs.check(&loaded.config, server_named));
+    report::check(&result, verdict.as_ref(), format, out)?;
+    match verdict {
+        Some(verdict) if verdict.is_good() => Ok(()),
+        Some(verdict) if !verdict.is_configuration() => Err(Failure::failed("")),
+        Some(_) | None => Err(Failure::configuration("")),
+    }
+}
+
+/// Where to ask, and with which files. A configuration that is wrong is no obstacle if everything was named.
+fn connection(given: Vec<Given>, target: Target, world: &World) -> Result<Connection, Failure> {
+    let Target { endpoints, authority, certificate, key } = target;
+    if let (false, Some(authority), Some(certificate), Some(key)) =
+        (endpoints.is_empty(), authority.clone(), certificate.clone(), key.clone())
+    {
+        return Ok(Connection { endpoints, files: Paths { authority, certificate, key } });
+    }
+    let mut connection = Connection::of(&load(given, world)?.config);
+    let files = &mut connection.files;
+    for (file, named) in [
+        (&mut files.authority, authority),
+        (&mut files.certificate, certificate),
+        (&mut files.key, key),
+    ] {
+        if let Some(named) = named {
+            *file = named;
+        }
+    }
+    if !endpoints.is_empty() {
+        connection.endpoints = endpoints;
+    }
+    Ok(connection)
+}
+
+/// Its place, or itself if that was asked for in so many words.
+fn token(config: &Config, show: bool, out: &mut dyn Write) -> Result<(), Failure> {
+    let path = config.db_dir.join(TOKEN_FILE);
+    if !show {
+        return Ok(writeln!(out, "{}", path.display())?);
+    }
+    let text = std::fs::read_to_string(&path).map_err(|error| {
+        let fix = if error.kind() == io::ErrorKind::NotFound {
+            "the first start makes it; on a server that runs, check `db-dir`"
+        } else {
+            "run this as root or as the user that runs k3s-server"
+        };
+        Failure::failed(format!("{}: {error}", path.display())).fix(fix)
+    })?;
+    Ok(writeln!(out, "{}", text.trim_end())?)
 }
 
 fn request(given: Vec<Given>, world: &World) -> Request {

@@ -10,41 +10,117 @@ use crate::config::{
 };
 
 use super::{Format, Show};
+use crate::admin::check::{Compared, Verdict};
+use crate::critical::{FlagsError, Mismatch};
+use crate::join::Plan;
 
 /// The result of a check.
 pub fn check(
     result: &Result<Loaded, Problems>,
+    verdict: Option<&Verdict>,
     format: Format,
     out: &mut dyn Write,
 ) -> io::Result<()> {
-    let (problems, files) = match result {
-        Ok(loaded) => (&loaded.problems, loaded.config.files()),
-        Err(problems) => (problems, [].as_slice()),
+    let (mut problems, files) = match result {
+        Ok(loaded) => (loaded.problems.clone(), loaded.config.files()),
+        Err(problems) => (problems.clone(), [].as_slice()),
     };
+    if let Some(more) = verdict.and_then(Verdict::problems) {
+        problems.append(more.clone());
+        problems = problems.sorted();
+    }
+    let valid = !problems.has_errors();
     if format == Format::Json {
         let listed: Vec<Json> = problems.iter().map(problem).collect();
-        return writeln!(
-            out,
-            "{:#}",
-            json!({ "valid": result.is_ok(), "files": files, "problems": listed })
-        );
+        let report = json!({
+            "valid": valid,
+            "files": files,
+            "problems": listed,
+            "start": verdict.and_then(|verdict| verdict.plan.as_ref().ok()).map(start),
+            "flags": verdict.map(|verdict| compared(&verdict.flags)),
+        });
+        return writeln!(out, "{report:#}");
     }
-    for problem in problems {
+    for problem in &problems {
         writeln!(out, "{problem}")?;
     }
     let count = |severity| problems.iter().filter(|problem| problem.severity == severity).count();
     let (errors, warnings) = (count(Severity::Error), count(Severity::Warning));
-    match result {
-        Ok(_) => {
-            writeln!(out, "the configuration is valid{}", counted(", with ", warnings, "warning"))
-        }
-        Err(_) => writeln!(
+    if valid {
+        writeln!(out, "the configuration is valid{}", counted(", with ", warnings, "warning"))?;
+    } else {
+        writeln!(
             out,
             "the configuration is not valid:{}{}",
             counted(" ", errors, "error"),
             counted(", ", warnings, "warning")
-        ),
+        )?;
     }
+    verdict.map_or(Ok(()), |verdict| verdict_text(verdict, out))
+}
+
+fn verdict_text(verdict: &Verdict, out: &mut dyn Write) -> io::Result<()> {
+    let Ok(plan) = &verdict.plan else { return Ok(()) };
+    writeln!(out, "a start would {}", start(plan)["text"].as_str().unwrap_or_default())?;
+    if let Some(note) = plan.note() {
+        writeln!(out, "note: {note}")?;
+    }
+    match &verdict.flags {
+        Compared::Nothing(why) => writeln!(out, "critical flags not compared: {why}"),
+        Compared::With { source, result: Ok(()) } => {
+            writeln!(out, "the critical flags are those of {source}")
+        }
+        Compared::With { source, result: Err(error) } => {
+            writeln!(out, "compared with {source}:\n{error}")
+        }
+        Compared::Unavailable { source, reason } => {
+            writeln!(out, "critical flags not compared: {source} cannot be asked: {reason}")
+        }
+    }
+}
+
+fn start(plan: &Plan) -> Json {
+    let (word, text) = match plan {
+        Plan::Found => ("found", "found a new cluster".to_owned()),
+        Plan::Join(url) => ("join", format!("join the cluster of {url}")),
+        Plan::Continue { .. } => ("continue", "go on with the datastore on disk".to_owned()),
+        Plan::Reset { .. } => ("reset", "make this server the only member".to_owned()),
+    };
+    json!({ "does": word, "text": text, "note": plan.note() })
+}
+
+fn compared(compared: &Compared) -> Json {
+    match compared {
+        Compared::Nothing(why) => json!({ "equal": null, "reason": why }),
+        Compared::Unavailable { source, reason } => {
+            json!({ "equal": null, "with": source, "reason": reason.text })
+        }
+        Compared::With { source, result } => {
+            let mismatches = match result {
+                Err(FlagsError::Differ(mismatches)) => mismatches.iter().map(mismatch).collect(),
+                Ok(()) | Err(FlagsError::Record(_) | FlagsError::Unrecorded) => Vec::new(),
+            };
+            let reason = result.as_ref().err().filter(|error| !error.is_configuration());
+            json!({
+                "equal": result.is_ok(),
+                "with": source,
+                "mismatches": mismatches,
+                "reason": reason.map(ToString::to_string),
+            })
+        }
+    }
+}
+
+fn mismatch(mismatch: &Mismatch) -> Json {
+    json!({
+        "flag": mismatch.flag.name(),
+        "here": mismatch.here.text(),
+        "origin": origin(&mismatch.origin),
+        "cluster": mismatch.cluster.value().text(),
+        "since": mismatch.cluster.since(),
+        "set_by": mismatch.cluster.set_by(),
+        "line": mismatch.line(),
+    })
 }
 
 fn counted(before: &str, count: usize, what: &str) -> String {

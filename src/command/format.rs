@@ -44,6 +44,7 @@ mod kind {
     pub(super) const LEASE_REVOKE: u8 = 6;
     pub(super) const LEASE_CHECKPOINT: u8 = 7;
     pub(super) const ALARM: u8 = 8;
+    pub(super) const CLUSTER: u8 = 9;
 }
 
 pub(super) fn encode(command: &Command) -> Bytes {
@@ -60,6 +61,7 @@ pub(super) fn encode(command: &Command) -> Bytes {
         Command::LeaseRevoke(m) => frame(kind::LEASE_REVOKE, class, m),
         Command::LeaseCheckpoint(m) => frame(kind::LEASE_CHECKPOINT, class, m),
         Command::Alarm(m) => frame(kind::ALARM, class, m),
+        Command::Cluster(m) => frame(kind::CLUSTER, class, m),
     }
 }
 
@@ -101,6 +103,7 @@ pub(super) fn decode(bytes: &Bytes) -> Result<Command, DecodeError> {
             Command::LeaseCheckpoint(message::<pb::LeaseCheckpointRequest>(body)?)
         }
         kind::ALARM => Command::Alarm(message(body)?),
+        kind::CLUSTER => Command::Cluster(message(body)?),
         other => return Err(DecodeError::Kind(other)),
     })
 }
@@ -112,6 +115,8 @@ fn message<M: Message + Default>(body: Bytes) -> Result<M, DecodeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proto::node::cluster_change::Change;
+    use crate::proto::node::{ClusterChange, Retire};
 
     fn samples() -> Vec<Command> {
         let key = Bytes::from_static(b"k");
@@ -124,6 +129,9 @@ mod tests {
             Command::LeaseRevoke(pb::LeaseRevokeRequest { id: 5 }),
             Command::LeaseCheckpoint(pb::LeaseCheckpointRequest { checkpoints: vec![] }),
             Command::Alarm(pb::AlarmRequest { action: 1, member_id: 2, alarm: 1 }),
+            Command::Cluster(ClusterChange {
+                change: Some(Change::Retire(Retire { node: 2, reason: String::new() })),
+            }),
         ]
     }
 
@@ -145,6 +153,7 @@ mod tests {
         assert_eq!(bytes[5], [1, 6, 0, 8, 5]);
         assert_eq!(bytes[6], [1, 7, 1]);
         assert_eq!(bytes[7], [1, 8, 0, 8, 1, 16, 2, 24, 1]);
+        assert_eq!(bytes[8], [1, 9, 0, 0x22, 9, 9, 2, 0, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod format;
 use bytes::Bytes;
 
 use crate::proto::etcdserverpb as pb;
+use crate::proto::node::ClusterChange;
 use crate::types::LeaseId;
 
 pub use format::{DecodeError, FORMAT_VERSION};
@@ -37,6 +38,8 @@ pub enum Command {
     LeaseCheckpoint(pb::LeaseCheckpointRequest),
     /// Raise or clear an alarm.
     Alarm(pb::AlarmRequest),
+    /// Change what the cluster knows of itself: critical flags, starts and retirements of nodes.
+    Cluster(ClusterChange),
 }
 
 /// How long an entry may wait for company before its barrier starts.
@@ -96,6 +99,7 @@ impl Command {
             Self::LeaseRevoke(_) => "lease_revoke",
             Self::LeaseCheckpoint(_) => "lease_checkpoint",
             Self::Alarm(_) => "alarm",
+            Self::Cluster(_) => "cluster",
         }
     }
 
@@ -112,7 +116,8 @@ impl Command {
             | Self::Compact(_)
             | Self::LeaseGrant(_)
             | Self::LeaseRevoke(_)
-            | Self::Alarm(_) => false,
+            | Self::Alarm(_)
+            | Self::Cluster(_) => false,
         };
         if renews { Class::Lease } else { Class::Urgent }
     }

@@ -25,6 +25,10 @@ pub enum Kind {
     PortRange,
     /// A lower-case DNS name.
     Domain,
+    /// A name of a Kubernetes object: one lower-case DNS label.
+    Label,
+    /// Host and path of a registry, without a scheme.
+    Registry,
     /// One component of the `disable` list.
     Component,
     /// `https://host[:port]`.
@@ -52,7 +56,8 @@ impl Kind {
             Self::Address => "IP",
             Self::SocketAddress => "IP:PORT",
             Self::PortRange => "FIRST-LAST",
-            Self::Domain => "NAME",
+            Self::Domain | Self::Label => "NAME",
+            Self::Registry => "HOST[:PORT]",
             Self::Component => "ITEM",
             Self::ServerUrl => "URL",
             Self::Argument => "NAME=VALUE",

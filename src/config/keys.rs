@@ -122,7 +122,7 @@ pub static KEYS: &[Key] = &[
     Key::new("egress-selector-mode", K::OneOf(&["agent", "cluster", "pod", "disabled"]), G::Networking, "Which connections of the API server go through the agents' tunnels")
         .default("agent")
         .critical(),
-    Key::new("servicelb-namespace", K::Text, G::Networking, "Namespace of the service load balancer's pods")
+    Key::new("servicelb-namespace", K::Label, G::Networking, "Namespace of the service load balancer's pods")
         .default("kube-system")
         .critical(),
     // Components.
@@ -260,7 +260,7 @@ pub static KEYS: &[Key] = &[
     Key::new("pause-image", K::Text, G::AgentRuntime, "Image of the pods' pause container").default("rancher/mirrored-pause:3.6"),
     Key::new("snapshotter", K::Text, G::AgentRuntime, "containerd's snapshotter").default("overlayfs"),
     Key::new("private-registry", K::Path, G::AgentRuntime, "Configuration of image registries").default("/etc/rancher/k3s/registries.yaml"),
-    Key::new("system-default-registry", K::Text, G::AgentRuntime, "Registry that all system images are pulled from")
+    Key::new("system-default-registry", K::Registry, G::AgentRuntime, "Registry that all system images are pulled from")
         .env(&["K3S_SYSTEM_DEFAULT_REGISTRY"])
         .critical(),
     Key::new("airgap-extra-registry", K::Text, G::AgentRuntime, "Another registry name for preloaded images").many().hidden(),

@@ -53,6 +53,8 @@ pub fn check(kind: Kind, text: &str) -> Result<(), Wrong> {
         Kind::SocketAddress => socket_address(text).map(drop),
         Kind::PortRange => port_range(text).map(drop),
         Kind::Domain => domain(text),
+        Kind::Label => label(text),
+        Kind::Registry => registry(text),
         Kind::Component => component(text),
         Kind::ServerUrl => ServerUrl::parse(text).map(drop),
         Kind::Argument => argument(text).map(drop),
@@ -209,15 +211,16 @@ fn component(text: &str) -> Result<(), Wrong> {
     })
 }
 
-/// RFC 1123, lower case, as Kubernetes wants it.
+/// One part of a name, by RFC 1123: lower case, as Kubernetes wants it.
+fn is_label(text: &str) -> bool {
+    (1..=63).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && !text.starts_with('-')
+        && !text.ends_with('-')
+}
+
 fn domain(text: &str) -> Result<(), Wrong> {
-    let label = |label: &str| {
-        (1..=63).contains(&label.len())
-            && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    };
-    if text.len() <= 253 && text.split('.').all(label) {
+    if text.len() <= 253 && text.split('.').all(is_label) {
         return Ok(());
     }
     let wrong = Wrong::new(
@@ -227,6 +230,34 @@ fn domain(text: &str) -> Result<(), Wrong> {
     let lower = text.to_ascii_lowercase();
     let lower = lower.trim_end_matches('.');
     Err(if lower != text && domain(lower).is_ok() { wrong.value(lower) } else { wrong })
+}
+
+fn label(text: &str) -> Result<(), Wrong> {
+    if is_label(text) {
+        return Ok(());
+    }
+    let wrong = Wrong::new("is not a name", "lower-case letters, digits and `-`");
+    let lower = text.to_ascii_lowercase();
+    Err(if is_label(&lower) { wrong.value(lower) } else { wrong })
+}
+
+/// What may stand before the name of an image.
+fn registry(text: &str) -> Result<(), Wrong> {
+    let wrong =
+        || Wrong::new("is not a registry", "HOST[:PORT][/PATH], such as registry.example:5000");
+    if let Some((_, rest)) = text.split_once("://") {
+        let bare = rest.trim_end_matches('/');
+        return Err(if registry(bare).is_ok() { wrong().value(bare) } else { wrong() });
+    }
+    let harmless = |c: char| c.is_ascii_graphic() && !matches!(c, '?' | '#' | '@' | '"' | '\\');
+    if text.chars().all(harmless)
+        && !text.is_empty()
+        && !text.starts_with('/')
+        && !text.ends_with('/')
+    {
+        return Ok(());
+    }
+    Err(wrong())
 }
 
 /// `name=value`; the value may be empty or missing, as for a switch.
@@ -352,6 +383,23 @@ mod tests {
         }
         assert_eq!(domain("Cluster.Local.").unwrap_err().value.as_deref(), Some("cluster.local"));
         assert!(domain(&"a".repeat(64)).is_err());
+    }
+
+    #[test]
+    fn namespaces_and_registries_are_refused_with_the_right_spelling() {
+        assert_eq!(label("kube-system"), Ok(()));
+        assert_eq!(label("Kube-System").unwrap_err().value.as_deref(), Some("kube-system"));
+        for text in ["", "a.b", "-a", "a_b"] {
+            assert_eq!(label(text).unwrap_err().value, None, "{text}");
+        }
+        for text in ["registry.example", "r:5000", "[fd00::1]:5000/mirror", "docker.io/rancher"] {
+            assert_eq!(registry(text), Ok(()), "{text}");
+        }
+        let wrong = registry("https://registry.example:5000/").unwrap_err();
+        assert_eq!(wrong.value.as_deref(), Some("registry.example:5000"));
+        for text in ["", "/", "a b", "user@registry", "registry/"] {
+            assert_eq!(registry(text).unwrap_err().value, None, "{text}");
+        }
     }
 
     #[test]

@@ -49,9 +49,13 @@ pub use layer::{Assignment, Item, Layer};
 pub use merge::{Given, Settings, Variables};
 pub use origin::{Origin, Position};
 pub use problem::{Problem, Problems, Severity};
+pub use scalar::upstream_reading;
 pub use secret::{REDACTED, Secret};
+pub use suggest::nearest;
 pub use url::{PEER_PORT, ServerUrl};
-pub use values::{Listen, Network, Passthrough, Start, StorageMedium, TokenSource, Values};
+pub use values::{
+    DatastoreArgument, Listen, Network, Passthrough, Start, StorageMedium, TokenSource, Values,
+};
 
 /// What was found out about this host, for defaults.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

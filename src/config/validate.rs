@@ -20,7 +20,9 @@ use super::origin::Origin;
 use super::problem::{Problem, Problems};
 use super::secret::Secret;
 use super::url::ServerUrl;
-use super::values::{Listen, Network, Passthrough, Start, StorageMedium, TokenSource, Values};
+use super::values::{
+    DatastoreArgument, Listen, Network, Passthrough, Start, StorageMedium, TokenSource, Values,
+};
 use super::{Host, etcd_args};
 
 /// Longest linger: lease clients give up after 5 to 10 s.
@@ -33,7 +35,7 @@ pub fn validate(settings: &Settings, host: &Host) -> (Option<Values>, Problems) 
     let network = check.network(host);
     let start = check.start();
     let token = check.token();
-    check.datastore();
+    let datastore_arguments = check.datastore();
     let etcd = etcd_args::read(settings.items("etcd-arg"), &mut check.problems);
     let insecure_http = check.boolean("insecure-http");
     let values = Values {
@@ -44,6 +46,7 @@ pub fn validate(settings: &Settings, host: &Host) -> (Option<Values>, Problems) 
         node_external_ips: check.addresses("node-external-ip"),
         tls_sans: settings.items("tls-san").iter().map(|item| item.text.clone()).collect(),
         start,
+        datastore_arguments,
         token,
         client_listen: check.client_listen(insecure_http),
         peer_listen: check.listen("peer-listen", 2380, true),
@@ -224,7 +227,7 @@ impl Check<'_> {
         listen
     }
 
-    /// Which of the ways to begin was asked for, if they do not contradict each other.
+    /// Which of the ways to begin was asked for. What contradicts it may be ignored: that depends on the disk.
     fn start(&mut self) -> Start {
         let init = self.boolean("cluster-init");
         let reset = self.boolean("cluster-reset");
@@ -247,21 +250,14 @@ impl Check<'_> {
                 );
                 Start::Standalone
             }
-            (Some((url, origin)), false, true) => {
-                self.problems.push(
-                    Problem::error(origin, "server and cluster-init contradict each other: one joins a cluster, the other founds one")
-                        .fix("remove `cluster-init` to join, or `server` on the server that founds the cluster"),
-                );
-                Start::Join(url)
-            }
-            (Some((url, _)), false, false) => Start::Join(url),
+            (Some((url, _)), false, _) => Start::Join(url),
             (None, true, _) => Start::Reset { restore },
             (None, false, true) => Start::Found,
             (None, false, false) => Start::Standalone,
         }
     }
 
-    /// `token-file` wins over `token`; joining needs one.
+    /// `token-file` wins over `token`.
     fn token(&mut self) -> Option<TokenSource> {
         let inline = self.settings.one("token");
         let file = self.settings.one("token-file");
@@ -273,15 +269,6 @@ impl Check<'_> {
                     .fix("remove `token`"),
             );
         }
-        if inline.is_none() && file.is_none() && self.settings.one("server").is_some() {
-            self.problems.push(
-                Problem::error(
-                    self.settings.origin("server"),
-                    "server needs token or token-file to join",
-                )
-                .fix("copy the token from a server of the cluster"),
-            );
-        }
         match (file, inline) {
             (Some(file), _) => Some(TokenSource::File(PathBuf::from(&file.text))),
             (None, Some(item)) => Some(TokenSource::Inline(Secret::new(item.text.clone()))),
@@ -289,33 +276,38 @@ impl Check<'_> {
         }
     }
 
-    /// This daemon is the datastore, so another one is a contradiction, except its own address.
-    fn datastore(&mut self) {
+    /// This daemon is the datastore, so another one is a contradiction, except its own address, and except where it was
+    /// only meant for a first start that lies behind.
+    fn datastore(&mut self) -> Vec<DatastoreArgument> {
+        let mut arguments = Vec::new();
         if let Some(item) = self.settings.one("datastore-endpoint") {
             let own = |endpoint: &str| {
                 ["https://127.0.0.1:2379", "https://localhost:2379", "https://[::1]:2379"]
                     .contains(&endpoint)
             };
-            let problem = if item.text.split(',').all(|endpoint| own(endpoint.trim())) {
-                Problem::note(
-                    item.origin.clone(),
+            let origin = item.origin.clone();
+            if item.text.split(',').all(|endpoint| own(endpoint.trim())) {
+                self.problems.push(Problem::note(
+                    origin,
                     "datastore-endpoint names this daemon itself and is ignored here",
-                )
+                ));
             } else {
-                Problem::error(
-                    item.origin.clone(),
-                    "datastore-endpoint names another datastore, but k3s-server is the datastore",
-                )
-                .fix("remove `datastore-endpoint`; the README tells how to move the data")
-            };
-            self.problems.push(problem);
+                arguments.push(DatastoreArgument { name: "datastore-endpoint", origin });
+            }
         }
         for name in ["datastore-cafile", "datastore-certfile", "datastore-keyfile", "kine-tls"] {
             if let Some(item) = self.settings.one(name).filter(|item| item.text != "false") {
                 let text = format!("{name} is ignored: k3s-server is the datastore");
                 self.problems.push(Problem::warning(item.origin.clone(), text));
+                arguments.push(DatastoreArgument { name, origin: item.origin.clone() });
             }
         }
+        self.contradictions();
+        arguments
+    }
+
+    /// Switches that leave nothing to do, or much to fear.
+    fn contradictions(&mut self) {
         if self.boolean("disable-etcd") {
             self.problems.push(
                 Problem::error(self.settings.origin("disable-etcd"), "disable-etcd leaves k3s-server nothing to do")

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::cidr::Cidr;
 use super::etcd_args::EtcdOptions;
 use super::key::Key;
+use super::origin::Origin;
 use super::secret::Secret;
 use super::url::ServerUrl;
 
@@ -18,13 +19,28 @@ pub enum Start {
     Standalone,
     /// `cluster-init`: continue, or found a cluster that others may join.
     Found,
-    /// `server`: continue, or join through it.
+    /// `server`: continue, or join through it. Whether that can be meant is decided where the disk is known.
     Join(ServerUrl),
     /// `cluster-reset`: become the only member, from this backup if one is named.
     Reset {
         /// `cluster-reset-restore-path`.
         restore: Option<PathBuf>,
     },
+}
+
+/// An argument about where the datastore is, which only a first start heeds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DatastoreArgument {
+    /// Its key.
+    pub name: &'static str,
+    /// Who wrote it.
+    pub origin: Origin,
+}
+
+impl fmt::Display for DatastoreArgument {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.name, self.origin)
+    }
 }
 
 /// Where the token is.
@@ -122,6 +138,8 @@ pub struct Values {
     pub tls_sans: Vec<String>,
     /// What to be.
     pub start: Start,
+    /// That the data is or was elsewhere: `datastore-endpoint`, unless it names this daemon, and what belongs to it.
+    pub datastore_arguments: Vec<DatastoreArgument>,
     /// The token, if one was given.
     pub token: Option<TokenSource>,
     /// etcd client API.

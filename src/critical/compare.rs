@@ -8,8 +8,8 @@ use crate::config::{Config, Origin};
 use super::flag::Flag;
 use super::value::Value;
 
-/// Proof that this server's flags are those of its cluster. Made by [`CriticalFlags::found`] and
-/// [`CriticalFlags::matches`] only; whoever adds or starts a member asks for it.
+/// Proof that a server's flags are those of its cluster. Made by [`CriticalFlags::found`], [`CriticalFlags::matches`]
+/// and [`ClusterFlags::agrees_with`] only; whoever adds or starts a member asks for it.
 #[must_use = "the right to become or to be a member"]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MatchedFlags(());
@@ -56,6 +56,14 @@ impl ClusterSide {
             Self::Default(value) => value,
         }
     }
+
+    /// Name of the server that set it, if anybody did.
+    pub fn set_by(&self) -> Option<&str> {
+        match self {
+            Self::Recorded(recorded) => Some(&recorded.set_by),
+            Self::Default(_) => None,
+        }
+    }
 }
 
 /// One flag that differs.
@@ -96,13 +104,22 @@ impl CriticalFlags {
         self.entries.get(&flag).map(|(value, _)| value)
     }
 
-    /// Makes the record of a new cluster.
-    pub fn found(&self, since: SystemTime, node_name: &str) -> (ClusterFlags, MatchedFlags) {
+    /// For the leader that is asked to admit this server: a record as if it had founded the cluster.
+    pub fn encode(&self, node_name: &str) -> Vec<u8> {
+        self.record(SystemTime::UNIX_EPOCH, node_name).encode()
+    }
+
+    fn record(&self, since: SystemTime, node_name: &str) -> ClusterFlags {
         let mut cluster = ClusterFlags::default();
         for (flag, (value, _)) in &self.entries {
             cluster.set(*flag, value.clone(), since, node_name);
         }
-        (cluster, MatchedFlags(()))
+        cluster
+    }
+
+    /// Makes the record of a new cluster.
+    pub fn found(&self, since: SystemTime, node_name: &str) -> (ClusterFlags, MatchedFlags) {
+        (self.record(since, node_name), MatchedFlags(()))
     }
 
     /// Compares with the record of a cluster.
@@ -133,9 +150,26 @@ impl ClusterFlags {
         self.entries.get(&flag)
     }
 
+    /// The value of a flag, its default filled in. `None` only for a network that an incomplete record lacks.
+    pub fn value(&self, flag: Flag) -> Option<Value> {
+        self.side(flag).map(|side| side.value().clone())
+    }
+
     /// Flags in the record that only a later version knows, and which were therefore not compared.
     pub fn unknown_count(&self) -> usize {
         self.unknown.len()
+    }
+
+    /// Every flag with a value, defaults filled in, in the order of [`Flag::ALL`].
+    pub fn sides(&self) -> impl Iterator<Item = (Flag, ClusterSide)> + '_ {
+        Flag::ALL.into_iter().filter_map(|flag| Some((flag, self.side(flag)?)))
+    }
+
+    /// Compares with a server's flags as it sent them, or names the flags that differ.
+    pub fn agrees_with(&self, server: &Self) -> Result<MatchedFlags, Vec<Flag>> {
+        let differs = |flag: &Flag| self.value(*flag) != server.value(*flag);
+        let differing: Vec<Flag> = Flag::ALL.into_iter().filter(differs).collect();
+        if differing.is_empty() { Ok(MatchedFlags(())) } else { Err(differing) }
     }
 
     fn side(&self, flag: Flag) -> Option<ClusterSide> {

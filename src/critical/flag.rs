@@ -85,6 +85,17 @@ impl Flag {
         Self::CriticalExtraConfig,
     ];
 
+    /// Their names, in the same order.
+    pub const NAMES: [&str; Self::ALL.len()] = {
+        let mut names = [""; Self::ALL.len()];
+        let mut at = 0;
+        while at < names.len() {
+            names[at] = Self::ALL[at].name();
+            at += 1;
+        }
+        names
+    };
+
     /// Its name in files and on the command line.
     pub const fn name(self) -> &'static str {
         match self {

@@ -9,7 +9,8 @@
 //!
 //! [`CriticalFlags::of`] takes a checked configuration. [`CriticalFlags::found`] makes the record of a new
 //! cluster; [`CriticalFlags::matches`] compares with an existing [`ClusterFlags`]. Both end in [`MatchedFlags`],
-//! the proof that founding and joining ask for. Pure: the record is bytes to its keeper.
+//! the proof that founding and joining ask for. Pure: the record is bytes to its keeper. [`gate`] says what is compared at which
+//! door; [`change`](change()) makes the record in which one flag has another value, on purpose.
 //!
 //! # Invariants
 //!
@@ -19,28 +20,37 @@
 //!
 //! # Not here
 //!
-//! When to compare and whom to ask (`join`, `server`), changing a flag on purpose (`admin`).
+//! When to compare and whom to ask (`join`, `server`), the commands that show and change flags (`etcd`, `admin`).
 
+pub mod gate;
+
+mod change;
 mod compare;
 mod flag;
 mod format;
 mod render;
 mod value;
 
+#[cfg(test)]
+mod ways_tests;
+
+pub use change::{ChangeRefused, Changed, change};
 pub use compare::{
     ClusterFlags, ClusterSide, CriticalFlags, MatchedFlags, Mismatch, Mismatches, Recorded,
 };
 pub use flag::{Change, Flag};
 pub use format::DecodeError;
+pub use gate::FlagsError;
+pub use render::{date, line};
 pub use value::Value;
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Host, Paths, Problems, Request, Source, resolve};
+    use crate::config::{Host, Loaded, Paths, Problems, Request, Source, resolve};
 
-    /// The flags of a configuration file with this text.
-    pub(super) fn flags(text: &str) -> CriticalFlags {
+    /// A configuration file with this text.
+    pub(super) fn loaded(text: &str) -> Result<Loaded, Problems> {
         let request = Request {
             command_line: Vec::new(),
             environment: std::collections::BTreeMap::new(),
@@ -49,7 +59,12 @@ mod tests {
         };
         let source =
             Source { name: "config.yaml".to_owned(), bytes: text.as_bytes().to_vec(), mode: 0o600 };
-        let loaded = resolve(&[source], Problems::default(), &request);
-        CriticalFlags::of(&loaded.unwrap_or_else(|problems| panic!("{problems}")).config)
+        resolve(&[source], Problems::default(), &request)
+    }
+
+    /// Its flags.
+    pub(super) fn flags(text: &str) -> CriticalFlags {
+        let loaded = loaded(text).unwrap_or_else(|problems| panic!("{text}\n{problems}"));
+        CriticalFlags::of(&loaded.config)
     }
 }

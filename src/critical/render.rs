@@ -8,32 +8,27 @@ use std::time::SystemTime;
 
 use time::OffsetDateTime;
 
-use crate::config::Origin;
+use crate::config::{Origin, upstream_reading};
 
 use super::compare::{ClusterSide, Mismatch, Mismatches};
+use super::flag::Flag;
 use super::value::Value;
 
 impl Mismatch {
     /// The line to write into the configuration file, or what to do instead.
     pub fn line(&self) -> String {
-        let value = self.cluster.value();
-        let name = self.flag.name();
-        if value.is_empty() {
-            return format!("# no `{name}`: remove it");
-        }
-        match value {
-            Value::Set(words) => {
-                format!("{name}: [{}]", words.iter().cloned().collect::<Vec<_>>().join(", "))
-            }
-            Value::Text(_) | Value::Networks(_) | Value::Addresses(_)
-                if value.text().contains([':', '#', ' ', '"', '\'']) =>
-            {
-                format!("{name}: \"{}\"", value.text().escape_default())
-            }
-            Value::Switch(_) | Value::Text(_) | Value::Networks(_) | Value::Addresses(_) => {
-                format!("{name}: {}", value.text())
-            }
-        }
+        line(self.flag, self.cluster.value())
+    }
+
+    /// All of it in one sentence, for the journal.
+    pub fn sentence(&self) -> String {
+        let Self { flag, here, origin, cluster } = self;
+        let place = self.place_there();
+        let value = cluster.value();
+        format!(
+            "{flag} is {here} here ({origin}) and {value} in the cluster ({place}); write `{}`",
+            self.line()
+        )
     }
 
     fn place_here(&self) -> String {
@@ -50,7 +45,53 @@ impl Mismatch {
     }
 }
 
-fn date(time: SystemTime) -> String {
+impl ClusterSide {
+    /// Since when it has this value, for people.
+    pub fn since(&self) -> Option<String> {
+        match self {
+            Self::Recorded(recorded) => Some(date(recorded.since)),
+            Self::Default(_) => None,
+        }
+    }
+}
+
+/// The line of a configuration file that gives a flag this value.
+pub fn line(flag: Flag, value: &Value) -> String {
+    if value.is_empty() {
+        return format!("# no `{flag}`: remove it");
+    }
+    match value {
+        Value::Set(words) => {
+            format!("{flag}: [{}]", words.iter().cloned().collect::<Vec<_>>().join(", "))
+        }
+        Value::Text(text) if !is_plain(text) => format!("{flag}: {}", quoted(text)),
+        Value::Networks(_) | Value::Addresses(_) if !is_plain(&value.text()) => {
+            format!("{flag}: {}", quoted(&value.text()))
+        }
+        Value::Switch(_) | Value::Text(_) | Value::Networks(_) | Value::Addresses(_) => {
+            format!("{flag}: {}", value.text())
+        }
+    }
+}
+
+/// Whether every YAML reader takes the word as it stands: a name, a network, a range. Not a number, a boolean or anything
+/// with a mark of YAML's own.
+fn is_plain(text: &str) -> bool {
+    let harmless = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '/' | '_');
+    let first = text.chars().next();
+    text.chars().all(harmless)
+        && first.is_some_and(|c| c.is_ascii_alphanumeric())
+        && upstream_reading(text).is_none()
+        && text.parse::<f64>().is_err()
+}
+
+/// In double quotes, as YAML reads them: JSON's escapes are among YAML's.
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// To the minute, which is what a record that people read needs.
+pub fn date(time: SystemTime) -> String {
     let time = OffsetDateTime::from(time);
     format!(
         "{:04}-{:02}-{:02} {:02}:{:02} UTC",

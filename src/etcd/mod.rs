@@ -4,7 +4,8 @@
 //!
 //! [`Parts`] is what the assembly provides; [`Api`] is what the services share: deadlines, barriers, headers, the way
 //! to propose. One file a service: `kv` (with `range_stream`), `watch`, `lease`, `cluster`, `maintenance`, `auth`,
-//! `lock`, `election`. `validate` and `error` hold what is decided about requests and answers without a node.
+//! `lock`, `election`, and `admin` for our own commands. `validate` and `error` hold what is decided about requests and
+//! answers without a node.
 //! [`serve`] puts them on connections, behind `gate`; `http` answers `/version` and `/health` on the same port.
 //! `budget` bounds the memory of answers, and `answer` carries it with their bytes.
 //! [`Leases`] runs the lease clocks and must be fed by the apply path, as [`crate::watch::Hub`] must.
@@ -23,6 +24,7 @@
 pub mod error;
 pub mod validate;
 
+mod admin;
 mod answer;
 mod api;
 mod auth;
@@ -48,6 +50,7 @@ use std::time::{Duration, Instant};
 
 use tonic::Status;
 
+use crate::critical::CriticalFlags;
 use crate::env::{BoxFuture, Env};
 use crate::limits;
 use crate::proto::etcdserverpb as pb;
@@ -222,6 +225,8 @@ pub struct Parts {
     pub defragment: Defragment,
     /// What an operator may set.
     pub settings: Settings,
+    /// This server's critical flags.
+    pub flags: Arc<CriticalFlags>,
 }
 
 impl fmt::Debug for Parts {

@@ -19,9 +19,10 @@ use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
+use super::admin::AdminService;
 use super::api::Api;
 use super::auth::AuthService;
-use super::budget::Observed;
+use super::budget::{Observed, Payer};
 use super::cluster::ClusterService;
 use super::election::ElectionService;
 use super::kv::KvService;
@@ -36,6 +37,7 @@ use crate::proto::etcdserverpb::kv_server::KvServer;
 use crate::proto::etcdserverpb::lease_server::LeaseServer;
 use crate::proto::etcdserverpb::maintenance_server::MaintenanceServer;
 use crate::proto::etcdserverpb::watch_server::WatchServer;
+use crate::proto::node::admin_server::AdminServer;
 use crate::proto::v3electionpb::election_server::ElectionServer;
 use crate::proto::v3lockpb::lock_server::LockServer;
 
@@ -70,7 +72,8 @@ pub enum ServeError {
 /// ended then, so that this does not take long unless a client does not read.
 ///
 /// `incoming` yields accepted connections, after TLS where there is TLS. An error in it is one failed
-/// connection, not the end. `around` puts layers of the caller, such as counters, around all routes.
+/// connection, not the end. `around` puts layers of the caller, such as counters, around
+/// all routes.
 pub async fn serve<IO>(
     api: Api,
     around: impl FnOnce(axum::Router) -> axum::Router,
@@ -93,7 +96,16 @@ where
         stopped.notify_one();
     };
     let clock = Arc::clone(&api.parts().env.clock);
-    let routes = Routes::from(around(routes(&api).await?));
+    // Each where the services look for it.
+    let unpack = middleware::map_request(async |mut request: axum::extract::Request| {
+        let extensions = request.extensions_mut();
+        if let Some(Payer { account, info }) = extensions.remove::<Payer<IO::ConnectInfo>>() {
+            extensions.insert(account);
+            extensions.insert(info);
+        }
+        request
+    });
+    let routes = Routes::from(around(routes(&api).await?.layer(unpack)));
     let served = Server::builder()
         .accept_http1(true)
         .max_concurrent_streams(settings.concurrent_streams_max)
@@ -141,6 +153,7 @@ async fn routes(api: &Api) -> Result<axum::Router, ServeError> {
         .add_service(limited!(AuthServer(AuthService(api.clone()))))
         .add_service(limited!(LockServer(LockService(api.clone()))))
         .add_service(limited!(ElectionServer(ElectionService(api.clone()))))
+        .add_service(limited!(AdminServer(AdminService(api.clone()))))
         .add_service(health)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?);

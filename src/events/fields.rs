@@ -23,6 +23,14 @@ pub const INDEX: &str = "k3s.index";
 pub const REVISION: &str = "k3s.revision";
 /// A configuration key, as the user writes it.
 pub const FLAG: &str = "k3s.flag";
+/// A flag's value on this server.
+pub const VALUE_HERE: &str = "k3s.value_here";
+/// A flag's value in the cluster.
+pub const VALUE_CLUSTER: &str = "k3s.value_cluster";
+/// Who did it: a server, by name.
+pub const BY: &str = "k3s.by";
+/// Since when it is so.
+pub const SINCE: &str = "k3s.since";
 /// A file or directory.
 pub const PATH: &str = "k3s.path";
 /// A network address.
@@ -46,6 +54,28 @@ pub const LINES_LOST: &str = "k3s.lines_lost";
 
 #[cfg(test)]
 pub(super) const ALL: &[&str] = &[
-    MESSAGE_ID, REMEDY, NODE, CLUSTER, PEER, LEADER, TERM, INDEX, REVISION, FLAG, PATH, ADDRESS,
-    REASON, MILLIS, BYTES, COUNT, ALARM, ROLE, VERSION, LINES_LOST,
+    MESSAGE_ID,
+    REMEDY,
+    NODE,
+    CLUSTER,
+    PEER,
+    LEADER,
+    TERM,
+    INDEX,
+    REVISION,
+    FLAG,
+    VALUE_HERE,
+    VALUE_CLUSTER,
+    BY,
+    SINCE,
+    PATH,
+    ADDRESS,
+    REASON,
+    MILLIS,
+    BYTES,
+    COUNT,
+    ALARM,
+    ROLE,
+    VERSION,
+    LINES_LOST,
 ];

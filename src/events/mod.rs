@@ -67,11 +67,30 @@ events! {
     /// At least one critical flag differs from the cluster's.
     FlagsMismatch = 0x8cdfe6312ba24edb85203ec6469ccfaf, ERROR,
         "set the listed flags to the cluster's values in /etc/k3s/config.yaml on this node, then run `systemctl restart k3s-server`";
+    /// An operator gave a critical flag another value.
+    FlagChanged = 0xf934e4d2eb8b4c22a21a8a9f937c662e, INFO;
+    /// The cluster's flags were changed, and this server still runs with the old ones.
+    FlagsOutdated = 0x431adee2a0434079b57ac34f098ae912, WARN,
+        "write the new value into /etc/k3s/config.yaml on this node, then run `systemctl restart k3s-server`; without that the next start is refused";
     /// There is a new leader.
     LeaderChanged = 0xf6a82f8a3b37480fb7fe895ed1703acc, INFO;
     /// There is no leader; writes wait.
     LeaderLost = 0x0cc445a7fbf44b31be27b4a8600f8a9d, WARN,
         "check that a majority of the servers is running and that port 2380 is reachable between them";
+    /// Somebody became a member, got a vote, changed address or left.
+    MembersChanged = 0xfa4b21403b6c4ce78bb1e8138fcc974d, INFO;
+    /// A change of members would have left too few that answer.
+    ChangeRefused = 0xfd0a4ce0b96b456b8fe51e770c666a05, WARN,
+        "bring the servers that do not answer back first (`k3s-server member list` names them), or remove one of those instead";
+    /// An even number of servers votes.
+    EvenVoters = 0x8145e432337d4451bced691939d90235, WARN,
+        "add one more server, or remove one: three bear the loss of one, five of two";
+    /// A joining node made no progress and was removed.
+    LearnerGivenUp = 0xddff2bd9799e48fb87834ce6657e5098, WARN,
+        "look at the journal of that node; when it runs and reaches port 2380 of the others, it joins again by itself under a new id";
+    /// A leader let another node lead, because its own card hangs.
+    LeaderHandedOver = 0x48e1df866078482aaf692228b4ece67f, WARN,
+        "look for `mmc` errors in `journalctl -k` on this node; if its card pauses like this again, replace it";
     /// The node serves.
     Ready = 0xd997da6130b745d6af392af6d8f1ca03, INFO;
     /// The node has begun to stop.
@@ -134,9 +153,20 @@ events! {
     /// The journal did not keep up, and lines are missing before this one.
     LinesLost = 0xa96db72faa874f05a82941b6b39fffa8, WARN,
         "look for `mmc` errors in `journalctl -k`; if the journal lives on a slow card, set `Storage=volatile` in /etc/systemd/journald.conf";
+    /// Somebody tried to join and was refused.
+    JoinRefused = 0xab1c914ed99b003262110c9f51ed4f55, WARN,
+        "if this is a server that shall join, give it the line from the file `token` of a member; if it is not, look who has that address";
+    /// This node asks to be let into a cluster.
+    Joining = 0xdd661696eb9bc4b571bd54d6c9dfb9da, INFO;
+    /// The leader made this node a member.
+    Admitted = 0xc870551d1f083b60b6bad92584500b02, INFO;
+    /// The data of a former life was moved away.
+    SetAside = 0xa013f34e85fae21d48d0eb74b273dad3, INFO;
+    /// The token that lets others in was written to its file.
+    TokenKept = 0xd33d7532541888f5613cc1387390ad95, INFO;
     /// This node's promises cannot be trusted; it takes no part in decisions.
     Quarantined = 0xc6b3f8e0194d4907b8833fe7b777ef60, ERROR,
-        "an older image, a copied card or a lying card is behind this; remove this node from the cluster and join it again";
+        "an older image, a copied card or a lying card is behind this; the node comes back by itself under a new id; replace the card if you did not put an old image back";
 }
 
 impl fmt::Display for EventId {

@@ -40,7 +40,7 @@ use prometheus_client::registry::Registry;
 
 pub use groups::{Connections, Health, Network};
 pub use histogram::{COUNTS, Durations, Histogram, MICROS, Observations};
-pub use page::{Page, Row};
+pub use page::{Labelled, Page, Row};
 
 use grpc::Grpc;
 use process::Process;

@@ -14,6 +14,9 @@ use super::histogram::{MICROS_PER_SECOND, Observations};
 /// A name, what it means, and its value. Counters are named without `_total`.
 pub type Row<V> = (&'static str, &'static str, V);
 
+/// Label names and values, and what was counted under them. Values come from a closed set, such as the members' ids.
+pub type Labelled<V> = (Vec<(&'static str, String)>, V);
+
 /// The page being written.
 #[derive(Debug)]
 pub struct Page<'a>(DescriptorEncoder<'a>);
@@ -73,5 +76,37 @@ impl<'a> Page<'a> {
     pub fn seconds(&mut self, (name, help, seen): Row<&Observations>) -> fmt::Result {
         let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;
         seen.encode(&mut encoder, MICROS_PER_SECOND)
+    }
+
+    /// One counter per set of labels.
+    pub fn counters_by(&mut self, name: &str, help: &str, rows: &[Labelled<u64>]) -> fmt::Result {
+        let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (labels, value) in rows {
+            ConstCounter::new(*value).encode(encoder.encode_family(labels)?)?;
+        }
+        Ok(())
+    }
+
+    /// One gauge per set of labels.
+    pub fn gauges_by(&mut self, name: &str, help: &str, rows: &[Labelled<u64>]) -> fmt::Result {
+        let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (labels, value) in rows {
+            encoder.encode_family(labels)?.encode_gauge(value)?;
+        }
+        Ok(())
+    }
+
+    /// One histogram of microseconds per set of labels, shown in seconds.
+    pub fn seconds_by(
+        &mut self,
+        name: &str,
+        help: &str,
+        rows: &[Labelled<Observations>],
+    ) -> fmt::Result {
+        let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;
+        for (labels, seen) in rows {
+            seen.encode(&mut encoder.encode_family(labels)?, MICROS_PER_SECOND)?;
+        }
+        Ok(())
     }
 }

@@ -113,7 +113,7 @@ impl StoreError {
         }
     }
 
-    pub(super) fn damaged(table: &'static str, what: impl Into<String>) -> Self {
+    pub(crate) fn damaged(table: &'static str, what: impl Into<String>) -> Self {
         Self::Damaged { table, what: what.into() }
     }
 }

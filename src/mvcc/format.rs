@@ -13,6 +13,7 @@
 //! | `meta` | `head` | flags u8, term u64, leader u64, index u64, cluster u64, revision i64, compacted i64, bytes u64 |
 //! | `meta` | `format` | version u32 |
 //! | `meta` | `membership` | opaque |
+//! | `meta` | `record/` name | opaque |
 //! | `meta` | `alarm` member u64, kind i32 | nothing |
 
 use crate::types::{ClusterId, LogId, LogIndex, NodeId, Term};
@@ -259,6 +260,12 @@ pub(super) const NEVER_COMPACTED: i64 = -1;
 pub(super) const HEAD_KEY: &[u8] = b"head";
 pub(super) const FORMAT_KEY: &[u8] = b"format";
 pub(super) const MEMBERSHIP_KEY: &[u8] = b"membership";
+/// A record of the cluster about itself, under a name the layer above chose.
+pub(super) fn record_key(name: &str) -> Vec<u8> {
+    [RECORD_PREFIX, name.as_bytes()].concat()
+}
+
+pub(super) const RECORD_PREFIX: &[u8] = b"record/";
 const ALARM_PREFIX: &[u8] = b"alarm";
 
 impl Default for Head {

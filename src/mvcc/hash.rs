@@ -29,11 +29,12 @@ impl std::fmt::Display for StateHash {
 }
 
 /// Sums up records in the order of the tables and of their keys.
+#[derive(Debug, Default)]
 pub(super) struct StateHasher(Sha256);
 
 impl StateHasher {
     pub(super) fn new() -> Self {
-        Self(Sha256::new())
+        Self::default()
     }
 
     pub(super) fn record(&mut self, table: Table, key: &[u8], value: &[u8]) {

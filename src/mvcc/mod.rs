@@ -57,12 +57,12 @@ use crate::proto::mvccpb::{Event, KeyValue};
 use crate::types::{LeaseId, Revision};
 
 pub use backend::{Failure, Fault};
-pub use dump::DumpSummary;
+pub use dump::{DumpStream, DumpSummary};
 pub use error::StoreError;
 pub use format::Position;
 pub use hash::{KvHash, StateHash};
 pub use read::ReadTxn;
-pub use store::{Checkpoint, DrainOn, Options, Store};
+pub use store::{Checkpoint, DrainOn, Options, Received, Receiving, Store};
 pub use view::{Entry, View, Visit};
 pub use write::WriteTxn;
 

@@ -178,6 +178,27 @@ impl ReadTxn {
         })
     }
 
+    /// What [`super::WriteTxn::set_record`] stored under a name.
+    pub fn record(&self, name: &str) -> Result<Option<Bytes>, StoreError> {
+        self.checked(|| record(&self.meta, name))
+    }
+
+    /// All records whose names start with `prefix`, in the order of their names.
+    pub fn records(&self, prefix: &str) -> Result<Vec<(String, Bytes)>, StoreError> {
+        self.checked(|| {
+            let start = format::record_key(prefix);
+            let mut found = Vec::new();
+            for item in self.meta.range::<&[u8]>(start.as_slice()..)? {
+                let (key, bytes) = item?;
+                let Some(rest) = key.value().strip_prefix(start.as_slice()) else { break };
+                let blob = format::decode_plain(Table::Meta, key.value(), bytes.value())?;
+                let name = format!("{prefix}{}", String::from_utf8_lossy(rest));
+                found.push((name, Bytes::copy_from_slice(blob)));
+            }
+            Ok(found)
+        })
+    }
+
     /// The last applied entry.
     pub const fn applied(&self) -> Option<LogId> {
         self.head.applied
@@ -223,6 +244,18 @@ impl View for ReadTxn {
     fn lease(&self, id: LeaseId) -> Result<Option<LeaseRecord>, StoreError> {
         Self::lease(self, id)
     }
+}
+
+pub(super) fn record(
+    meta: &impl ReadableTable<Slice, Slice>,
+    name: &str,
+) -> Result<Option<Bytes>, StoreError> {
+    let key = format::record_key(name);
+    let Some(bytes) = meta.get(key.as_slice())? else {
+        return Ok(None);
+    };
+    let blob = format::decode_plain(Table::Meta, &key, bytes.value())?;
+    Ok(Some(Bytes::copy_from_slice(blob)))
 }
 
 pub(super) fn read_head(meta: &impl ReadableTable<Slice, Slice>) -> Result<Head, StoreError> {

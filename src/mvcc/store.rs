@@ -13,18 +13,19 @@
 
 use std::future::Future;
 use std::io::{self, Read, Write};
+use std::mem;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use redb::{Durability, StorageBackend};
-use tokio::sync::watch;
+use tokio::sync::{OwnedMutexGuard, watch};
 
 use crate::env::Env;
-use crate::types::LogId;
+use crate::types::{ClusterId, LogId};
 
 use super::backend::{self, Epoch, Failure, Operation, Reports, blocking};
-use super::dump::{self, Loader};
+use super::dump::{self, Loader, Pending, StreamReader};
 use super::engine::Engine;
 use super::format::Head;
 use super::{DumpSummary, ReadTxn, StoreError, StoreSize, WriteTxn, write};
@@ -67,6 +68,8 @@ struct Inner {
     commits: Mutex<u64>,
     /// Held while a file is built beside this one, which has only one name for that.
     replacing: tokio::sync::Mutex<()>,
+    /// Held while a snapshot is received, and until it is adopted or dropped.
+    receiving: Arc<tokio::sync::Mutex<()>>,
     /// What whichever file is open tells of itself.
     reports: Reports,
     /// [`Head::bytes`] after the last commit.
@@ -99,7 +102,9 @@ impl Checkpoint {
 impl Store {
     /// Opens the file, making it if it is not there. Reads and writes files, so it blocks.
     pub fn open(env: &Env, path: &Path, options: &Options) -> Result<Self, StoreError> {
-        backend::remove(env, &incoming_path(path))?;
+        for leftover in [incoming_path(path), received_path(path)] {
+            backend::remove(env, &leftover)?;
+        }
         let reports = Reports::default();
         let engine = Engine::open(env, path, options, &reports)?;
         if !engine.is_founded()? {
@@ -124,6 +129,7 @@ impl Store {
                 engine: RwLock::new(Some(Arc::new(engine))),
                 commits: Mutex::new(0),
                 replacing: tokio::sync::Mutex::new(()),
+                receiving: Arc::default(),
                 reports,
                 bytes: AtomicU64::new(head.bytes),
             }),
@@ -188,6 +194,29 @@ impl Store {
             total: self.engine()?.backend.len()?,
             in_use: self.inner.bytes.load(Ordering::Relaxed),
         })
+    }
+
+    /// Begins to receive a peer's snapshot into a file of its own. The open one goes on meanwhile. `None` while
+    /// another one is being received.
+    pub fn receive(&self) -> Result<Option<Receiving>, StoreError> {
+        let Ok(only) = Arc::clone(&self.inner.receiving).try_lock_owned() else { return Ok(None) };
+        let Inner { env, path, options, .. } = &*self.inner;
+        let file = OwnFile { env: env.clone(), path: received_path(path), _only: only };
+        let engine = open_beside(env, &file.path, options)?;
+        Ok(Some(Receiving {
+            engine: Unfinished(Some(engine)),
+            reader: StreamReader::default(),
+            pending: Pending::default(),
+            file,
+        }))
+    }
+
+    /// Puts a received snapshot in the place of the open file, whatever was written to that since. A crash leaves one
+    /// of the two. Called where writes are, so that none is under way.
+    pub async fn adopt(&self, received: Received) -> Result<(), StoreError> {
+        let _only = self.inner.replacing.lock().await;
+        let before = *self.writer();
+        blocking(|| self.swap_in(before, &received.file.path))
     }
 
     /// Replaces the state by a peer's snapshot. On an error the old state stays; if it was the card that failed
@@ -275,21 +304,21 @@ impl Store {
     ) -> Result<T, StoreError> {
         let Inner { env, path, options, .. } = &*self.inner;
         let built = build_beside(env, path, options, build).await?;
-        blocking(|| self.swap_in(before))?;
+        blocking(|| self.swap_in(before, &incoming_path(path)))?;
         Ok(built)
     }
 
     /// Puts the file that was built in the place of the open one, unless a write came in since `before`.
-    fn swap_in(&self, before: u64) -> Result<(), StoreError> {
+    fn swap_in(&self, before: u64, from: &Path) -> Result<(), StoreError> {
         let inner = &self.inner;
         let mut commits = self.writer();
         let old = self.engine()?;
         if *commits != before {
             drop(commits);
-            backend::remove(&inner.env, &incoming_path(&inner.path))?;
+            backend::remove(&inner.env, from)?;
             return Err(StoreError::Overtaken);
         }
-        match self.install() {
+        match self.install(from) {
             Ok((engine, head)) => {
                 *commits += 1;
                 *self.slot() = Some(Arc::new(engine));
@@ -305,9 +334,9 @@ impl Store {
         }
     }
 
-    fn install(&self) -> Result<(Engine, Head), StoreError> {
+    fn install(&self, from: &Path) -> Result<(Engine, Head), StoreError> {
         let Inner { env, path, options, reports, .. } = &*self.inner;
-        backend::install(env, &incoming_path(path), path)?;
+        backend::install(env, from, path)?;
         let engine = Engine::open(env, path, options, reports)?;
         let head = engine.head()?;
         Ok((engine, head))
@@ -336,6 +365,133 @@ fn replace_failure(error: &StoreError) -> Failure {
     })
 }
 
+/// A file beside the open one that is removed unless it has taken that one's place.
+#[derive(Debug)]
+struct OwnFile {
+    env: Env,
+    path: PathBuf,
+    _only: OwnedMutexGuard<()>,
+}
+
+impl Drop for OwnFile {
+    fn drop(&mut self) {
+        // The next open removes it if this cannot.
+        drop(backend::remove(&self.env, &self.path));
+    }
+}
+
+/// A snapshot that arrives, unit by unit: see [`super::DumpStream`].
+#[derive(Debug)]
+pub struct Receiving {
+    /// Before `file`: closed before it is removed.
+    engine: Unfinished,
+    reader: StreamReader,
+    pending: Pending,
+    file: OwnFile,
+}
+
+impl Receiving {
+    /// Stores one unit. Waits if the card cannot follow. After an error nothing more is taken.
+    pub fn take(&mut self, unit: &[u8]) -> Result<(), StoreError> {
+        let Some(engine) = &self.engine.0 else {
+            return Err(StoreError::Stream("a part of it was refused".to_owned()));
+        };
+        let taken = blocking(|| {
+            let mut loader = Loader::resume(&engine.database, mem::take(&mut self.pending));
+            let mut rest = unit;
+            self.reader.take_unit(&mut rest, &mut loader)?;
+            self.pending = loader.pause();
+            if rest.is_empty() {
+                Ok(())
+            } else {
+                Err(StoreError::Stream("a unit is too long".into()))
+            }
+        });
+        let taken = engine.noted(taken);
+        if taken.is_err() {
+            self.engine = Unfinished(None);
+        }
+        taken
+    }
+
+    /// Records stored so far.
+    pub const fn records(&self) -> u64 {
+        self.reader.records()
+    }
+
+    /// Whether the last unit was taken.
+    pub const fn has_ended(&self) -> bool {
+        self.reader.ended().is_some()
+    }
+
+    /// Checks that all of it came, and completes when it survives a power cut.
+    pub async fn finish(mut self) -> Result<Received, StoreError> {
+        let (Some(summary), Some(engine)) = (self.reader.ended(), self.engine.0.take()) else {
+            return Err(StoreError::Stream("it was cut off".to_owned()));
+        };
+        let mut loader = Loader::resume(&engine.database, mem::take(&mut self.pending));
+        let head = engine.noted(blocking(|| {
+            let head = complete(&engine, &mut loader)?;
+            engine.checkpoint()?;
+            Ok(head)
+        }));
+        let head = match head {
+            Ok(head) => head,
+            Err(error) => {
+                engine.backend.retire();
+                return Err(error);
+            }
+        };
+        Engine::close(Arc::new(engine)).await?;
+        Ok(Received { head, summary, file: self.file })
+    }
+}
+
+/// The file of a snapshot that may never be complete.
+#[derive(Debug)]
+struct Unfinished(Option<Engine>);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        // Half a file is of no use: nothing more of it needs to reach the card.
+        if let Some(engine) = &self.0 {
+            engine.backend.retire();
+        }
+    }
+}
+
+/// A snapshot that is complete and durable, in a file of its own.
+#[derive(Debug)]
+pub struct Received {
+    head: Head,
+    summary: DumpSummary,
+    file: OwnFile,
+}
+
+impl Received {
+    /// The last entry it contains.
+    pub const fn applied(&self) -> Option<LogId> {
+        self.head.applied
+    }
+
+    /// The cluster it belongs to.
+    pub const fn cluster_id(&self) -> Option<ClusterId> {
+        self.head.cluster
+    }
+
+    /// What the stream carried.
+    pub const fn summary(&self) -> DumpSummary {
+        self.summary
+    }
+}
+
+fn open_beside(env: &Env, path: &Path, options: &Options) -> Result<Engine, StoreError> {
+    backend::remove(env, path)?;
+    // What becomes of this file does not concern the owner of the open one.
+    let options = Options { cache_bytes: options.cache_bytes.min(FILL_CACHE_BYTES), ..*options };
+    Engine::open(env, path, &options, &Reports::default())
+}
+
 /// Builds a durable, closed file under another name.
 async fn build_beside<T>(
     env: &Env,
@@ -344,10 +500,7 @@ async fn build_beside<T>(
     build: impl FnOnce(&Engine) -> Result<T, StoreError>,
 ) -> Result<T, StoreError> {
     let incoming = incoming_path(path);
-    backend::remove(env, &incoming)?;
-    // What becomes of this file does not concern the owner of the open one.
-    let options = Options { cache_bytes: options.cache_bytes.min(FILL_CACHE_BYTES), ..*options };
-    let engine = Engine::open(env, &incoming, &options, &Reports::default())?;
+    let engine = open_beside(env, &incoming, options)?;
     let built = blocking(|| {
         let built = build(&engine)?;
         engine.checkpoint()?;
@@ -378,17 +531,29 @@ fn fill<T>(
 ) -> Result<T, StoreError> {
     let mut loader = Loader::new(&engine.database);
     let value = source(&mut loader)?;
+    complete(engine, &mut loader)?;
+    Ok(value)
+}
+
+/// The last commit, and a look at what came of it: once it has the old file's place there is no way back.
+fn complete(engine: &Engine, loader: &mut Loader<'_>) -> Result<Head, StoreError> {
     loader.finish()?;
     if !engine.is_founded()? {
         return Err(StoreError::Stream("it holds no state".to_owned()));
     }
-    // Before it takes the old file's place, because afterwards there is no way back.
-    super::read::read_head(&engine.begin_read()?.open_table(super::read::META)?)?;
-    Ok(value)
+    engine.head()
 }
 
 fn incoming_path(path: &Path) -> PathBuf {
+    beside(path, ".incoming")
+}
+
+fn received_path(path: &Path) -> PathBuf {
+    beside(path, ".received")
+}
+
+fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
-    name.push(".incoming");
+    name.push(suffix);
     PathBuf::from(name)
 }

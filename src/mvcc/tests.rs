@@ -509,7 +509,11 @@ fn snapshot_stream_carries_everything_and_replaces_everything() {
 /// What a replacement must not leave behind.
 fn leftovers(dir: &TempDir) -> Vec<PathBuf> {
     let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
-    names.filter(|name| name.to_string_lossy().contains("incoming")).collect()
+    let beside = |name: &PathBuf| {
+        let name = name.to_string_lossy();
+        name.contains("incoming") || name.contains("received")
+    };
+    names.filter(beside).collect()
 }
 
 #[test]
@@ -733,4 +737,78 @@ fn store_and_readers_may_go_to_any_thread() {
     const fn shared<T: Send + Sync>() {}
     shared::<Store>();
     shared::<ReadTxn>();
+}
+
+fn units(store: &Store) -> Vec<Bytes> {
+    let mut stream = store.read().unwrap().into_stream();
+    let mut units = Vec::new();
+    while let Some(unit) = stream.next_unit().unwrap() {
+        units.push(unit);
+    }
+    units
+}
+
+#[test]
+fn snapshot_is_sent_and_received_unit_by_unit_while_both_stores_go_on() {
+    let (source, target) = (big_history(), history());
+    let whole = dump(&source.store);
+    let units = units(&source.store);
+    assert_eq!(units.concat(), whole, "the stream is the same, wherever it is cut");
+    assert!(4 < units.len(), "{} units", units.len());
+
+    let mut receiving = target.store.receive().unwrap().unwrap();
+    assert!(target.store.receive().unwrap().is_none(), "one at a time");
+    for unit in &units {
+        assert!(!receiving.has_ended());
+        receiving.take(unit).unwrap();
+        put(&target.store, "meanwhile", "written");
+    }
+    assert!(receiving.has_ended());
+    let received = wait(receiving.finish()).unwrap();
+    put(&target.store, "meanwhile", "written once more");
+    wait(target.store.defragment()).unwrap();
+    wait(target.store.adopt(received)).unwrap();
+
+    assert_eq!(dump(&target.store), whole);
+    assert_eq!(leftovers(&target.dir), Vec::<PathBuf>::new());
+    put(&target.store, "a", "goes on");
+    let Fixture { store, dir } = target;
+    drop(store);
+    let reopened = Store::open(&host::env(), &path(&dir), &OPTIONS).unwrap();
+    assert_eq!(value_at(&reopened, "a", 207).unwrap(), "goes on");
+}
+
+#[test]
+fn snapshot_that_ends_early_or_is_not_adopted_leaves_nothing() {
+    let (source, target) = (big_history(), history());
+    let before = dump(&target.store);
+    let units = units(&source.store);
+
+    let mut cut = target.store.receive().unwrap().unwrap();
+    for unit in &units[..units.len() - 1] {
+        cut.take(unit).unwrap();
+    }
+    assert!(matches!(wait(cut.finish()), Err(StoreError::Stream(_))));
+
+    let mut altered = target.store.receive().unwrap().unwrap();
+    altered.take(&units[0]).unwrap();
+    let long = [units[1].as_ref(), b"more"].concat();
+    assert!(matches!(altered.take(&long), Err(StoreError::Stream(_))));
+    assert!(
+        matches!(altered.take(&units[1]), Err(StoreError::Stream(_))),
+        "nothing after an error"
+    );
+    drop(altered);
+
+    let mut whole = target.store.receive().unwrap().unwrap();
+    units.iter().for_each(|unit| whole.take(unit).unwrap());
+    assert!(whole.take(&units[1]).is_err(), "nothing after the end");
+    drop(whole);
+    let mut whole = target.store.receive().unwrap().unwrap();
+    units.iter().for_each(|unit| whole.take(unit).unwrap());
+    drop(wait(whole.finish()).unwrap());
+
+    assert_eq!(leftovers(&target.dir), Vec::<PathBuf>::new());
+    assert_eq!(dump(&target.store), before);
+    assert!(target.store.receive().unwrap().is_some());
 }

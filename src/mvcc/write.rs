@@ -230,6 +230,19 @@ impl<'txn> WriteTxn<'txn> {
         Ok(())
     }
 
+    /// Keeps a record of the cluster about itself. The bytes mean nothing here.
+    pub fn set_record(&mut self, name: &str, blob: &[u8]) -> Result<(), StoreError> {
+        let key = format::record_key(name);
+        let record = format::encode_plain(Table::Meta, &key, blob);
+        self.meta.insert(key.as_slice(), record.as_slice())?;
+        Ok(())
+    }
+
+    /// What [`Self::set_record`] stored under a name.
+    pub fn record(&self, name: &str) -> Result<Option<Bytes>, StoreError> {
+        read::record(&self.meta, name)
+    }
+
     fn next_position(&self) -> Position {
         let Ok(sub) = u32::try_from(self.changes.len()) else {
             unreachable!("a command is far smaller than four thousand million changes")

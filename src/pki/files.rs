@@ -28,7 +28,7 @@ pub(super) fn prepare(disk: &dyn Disk, dir: &Path) -> Result<(), PkiError> {
     for path in disk.list(dir).map_err(failed(dir, "listed"))? {
         if path.extension() == Some(OsStr::new(UNFINISHED)) {
             // Names from the listing may or may not carry the directory.
-            let path = dir.join(path);
+            let path = dir.join(path.file_name().unwrap_or_default());
             disk.remove(&path).map_err(failed(&path, "removed"))?;
         }
     }
@@ -46,6 +46,19 @@ pub(super) async fn write(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> Result<
     file.sync().await.map_err(failed(&unfinished, "made durable"))?;
     disk.rename(&unfinished, path).map_err(failed(path, "replaced"))?;
     let dir = path.parent().unwrap_or(Path::new("."));
+    disk.sync_dir(dir).map_err(failed(dir, "made durable"))
+}
+
+/// Removes a file, if there is one. Durable after [`sync`].
+pub(super) fn remove(disk: &dyn Disk, path: &Path) -> Result<(), PkiError> {
+    if disk.exists(path).map_err(failed(path, "looked up"))? {
+        disk.remove(path).map_err(failed(path, "removed"))?;
+    }
+    Ok(())
+}
+
+/// Makes the directory's entries durable.
+pub(super) fn sync(disk: &dyn Disk, dir: &Path) -> Result<(), PkiError> {
     disk.sync_dir(dir).map_err(failed(dir, "made durable"))
 }
 

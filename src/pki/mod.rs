@@ -33,18 +33,24 @@
 //!
 //! Tokens and the transfer of certificates to a joining node (`join`); which node ids are members (`raft`).
 
+mod caller;
+mod client_files;
 mod error;
 mod files;
 mod identity;
 mod issue;
 mod names;
 mod store;
+mod stranger;
 mod tls;
 pub mod validity;
 
+pub use caller::{Caller, ChannelBinding};
+pub use client_files::{ClientFilesError, call_with_files};
 pub use error::{NamesError, PkiError, WrongIdentity};
 pub use identity::{Identity, Role};
 pub use names::Names;
 pub use store::{Issued, Owner, Paths, Pki};
-pub use tls::Port;
+pub use stranger::{call_stranger, introduced};
+pub use tls::{ALPN_JOIN, Port};
 pub use validity::{CertificateClock, Due};

@@ -112,6 +112,38 @@ impl Pki {
         Ok((Self(Arc::new(Inner { dir, authority, tls, pairs })), all_issued))
     }
 
+    /// Keeps the authority that a server of the cluster has given to this one, with its key, so that [`Self::establish`] can
+    /// issue this node's certificates. Replaces an authority that is there: see `join::adopt` for when that is right.
+    ///
+    /// Checked first, and nothing is written otherwise: one certificate, of this cluster, not expired, and the key signs what it
+    /// verifies.
+    pub async fn adopt(
+        env: &Env,
+        dir: &Path,
+        cluster: ClusterId,
+        certificate_pem: &[u8],
+        key_pem: &[u8],
+    ) -> Result<(), PkiError> {
+        // No certificate is issued here, so no node is named.
+        let owner = Owner { cluster, node: NodeId::default() };
+        let dir = Dir { env: env.clone(), path: dir.to_owned(), owner };
+        dir.check_offered(certificate_pem, key_pem)?;
+        files::prepare(&*env.disk, &dir.path)?;
+        files::write(&*env.disk, &dir.authority_key(), key_pem).await?;
+        files::write(&*env.disk, &dir.authority_certificate(), certificate_pem).await
+    }
+
+    /// Removes an authority that was adopted and not used yet.
+    pub fn forget(env: &Env, dir: &Path) -> Result<(), PkiError> {
+        let owner = Owner { cluster: ClusterId::default(), node: NodeId::default() };
+        let dir = Dir { env: env.clone(), path: dir.to_owned(), owner };
+        files::prepare(&*env.disk, &dir.path)?;
+        for path in [dir.authority_certificate(), dir.authority_key()] {
+            files::remove(&*env.disk, &path)?;
+        }
+        files::sync(&*env.disk, &dir.path)
+    }
+
     /// Issues what has become due, with `names` as the names that are wanted now. New handshakes use it at once. On a node
     /// without the authority's key nothing is issued.
     pub async fn renew(&self, names: &Names) -> Result<Vec<Issued>, PkiError> {
@@ -170,6 +202,12 @@ impl Pki {
     /// The authority's certificate as it is on disk.
     pub fn authority_pem(&self) -> &str {
         &self.0.authority.pem
+    }
+
+    /// The authority's key as it is on disk, for a server that has proved that it knows the token; `None` on a node without it.
+    pub fn authority_key_pem(&self) -> Result<Option<Vec<u8>>, PkiError> {
+        let dir = &self.0.dir;
+        files::read(&*dir.env.disk, &dir.authority_key())
     }
 
     /// The authority's hash as it stands in a join token (`K10<hash>::…`): SHA-256 of the PEM file's bytes, in hexadecimal.
@@ -290,29 +328,64 @@ impl Dir {
         self.check_authority(pem, certificate)
     }
 
+    /// Whether this is the authority of the owner's cluster and its key.
+    fn check_offered(&self, certificate_pem: &[u8], key_pem: &[u8]) -> Result<(), PkiError> {
+        let (path, key_path) = (self.authority_certificate(), self.authority_key());
+        let count = CertificateDer::pem_slice_iter(certificate_pem).count();
+        if count != 1 {
+            let found = format!("found {count} certificates, expected one");
+            return Err(PkiError::CertificateDamaged { path, found });
+        }
+        let certificate = parse_certificate(&path, certificate_pem)?;
+        let ends = self.check_certificate(&path, &certificate)?;
+        let key = parse_key(&key_path, key_pem)?;
+        check_match(&path, &certificate, &key_path, &key)?;
+        // What it says of itself may still be wrong: it has to do what an authority does.
+        let probe = issue::new_key()?;
+        let signer = Signer { certificate: &certificate, key, ends };
+        let owner = self.owner.identity(Role::Peer);
+        let pem =
+            issue::leaf(signer, owner, &Names::loopback(), &probe, self.serial(), self.now())?;
+        let issued = parse_certificate(&path, pem.as_bytes())?;
+        super::tls::check_signature(&certificate, &issued, Role::Peer).map_err(|error| {
+            PkiError::CertificateDamaged { path, found: format!("it is no authority: {error}") }
+        })
+    }
+
     fn check_authority(
         &self,
         pem: String,
         certificate: CertificateDer<'static>,
     ) -> Result<Authority, PkiError> {
         let path = self.authority_certificate();
-        let wrong = |wrong| PkiError::WrongOwner { path: path.clone(), wrong };
-        let expected = authority_uri(self.owner.cluster);
-        let found = uris(&certificate).map_err(wrong)?;
-        if found != [expected.as_str()] {
-            let found = format!("found {found:?}, expected {expected}");
-            return Err(wrong(WrongIdentity::Unnamed(found)));
-        }
-        let ends = self.facts_of(&path, &certificate)?.not_after;
-        if ends < self.now() {
-            return Err(PkiError::Expired { path, not_after: ends, now: self.now() });
-        }
+        let ends = self.check_certificate(&path, &certificate)?;
         let key_path = self.authority_key();
         let key = self.read_key(&key_path)?;
         if let Some(key) = &key {
             check_match(&path, &certificate, &key_path, key)?;
         }
         Ok(Authority { pem, certificate, ends, can_sign: key.is_some() })
+    }
+
+    /// Whether a certificate is the authority of the owner's cluster, and valid; its last second.
+    fn check_certificate(
+        &self,
+        path: &Path,
+        certificate: &CertificateDer<'static>,
+    ) -> Result<i64, PkiError> {
+        let path = path.to_owned();
+        let wrong = |wrong| PkiError::WrongOwner { path: path.clone(), wrong };
+        let expected = authority_uri(self.owner.cluster);
+        let found = uris(certificate).map_err(wrong)?;
+        if found != [expected.as_str()] {
+            let found = format!("found {found:?}, expected {expected}");
+            return Err(wrong(WrongIdentity::Unnamed(found)));
+        }
+        let ends = self.facts_of(&path, certificate)?.not_after;
+        if ends < self.now() {
+            return Err(PkiError::Expired { path, not_after: ends, now: self.now() });
+        }
+        Ok(ends)
     }
 
     async fn establish_pair(
@@ -451,9 +524,7 @@ impl Dir {
 
     fn read_key(&self, path: &Path) -> Result<Option<KeyPair>, PkiError> {
         let Some(bytes) = files::read_secret(&*self.env.disk, path)? else { return Ok(None) };
-        let damaged = |found: String| PkiError::KeyDamaged { path: path.to_owned(), found };
-        let text = std::str::from_utf8(&bytes).map_err(|error| damaged(error.to_string()))?;
-        KeyPair::from_pem(text).map(Some).map_err(|error| damaged(error.to_string()))
+        parse_key(path, &bytes).map(Some)
     }
 
     async fn load_or_make_key(&self, path: &Path) -> Result<KeyPair, PkiError> {
@@ -471,6 +542,12 @@ fn parse_certificate(path: &Path, bytes: &[u8]) -> Result<CertificateDer<'static
         path: path.to_owned(),
         found: error.to_string(),
     })
+}
+
+fn parse_key(path: &Path, bytes: &[u8]) -> Result<KeyPair, PkiError> {
+    let damaged = |found: String| PkiError::KeyDamaged { path: path.to_owned(), found };
+    let text = std::str::from_utf8(bytes).map_err(|error| damaged(error.to_string()))?;
+    KeyPair::from_pem(text).map_err(|error| damaged(error.to_string()))
 }
 
 /// Whether the key is the certificate's.

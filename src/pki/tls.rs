@@ -30,8 +30,11 @@ use super::store::Owner;
 use super::validity::{CertificateClock, NOT_BEFORE, unix};
 use super::{Identity, Role, WrongIdentity};
 
-/// gRPC's protocol name; the only one spoken behind TLS.
+/// gRPC's protocol name; what is spoken behind TLS.
 const ALPN_H2: &[u8] = b"h2";
+
+/// Asks port 2380 for the service that nodes without a certificate may use, and for nothing else. HTTP/2 as well.
+pub const ALPN_JOIN: &[u8] = b"k3s-join";
 
 /// Debian's etcdctl and older tools may not speak 1.3.
 static CLIENT_VERSIONS: &[&SupportedProtocolVersion] = &[&TLS13, &TLS12];
@@ -45,21 +48,31 @@ pub enum Port {
     Clients,
     /// 2380: the other nodes. TLS 1.3 only, for peers with a peer certificate.
     Peers,
+    /// 2380 again, for a node that has nothing yet but a token. TLS 1.3 only; the caller shows no certificate.
+    Join,
 }
 
 impl Port {
-    /// The role a caller must have.
-    pub const fn caller(self) -> Role {
+    /// The role a caller must have; `None` if it need not say who it is.
+    pub const fn caller(self) -> Option<Role> {
         match self {
-            Self::Clients => Role::Client,
-            Self::Peers => Role::Peer,
+            Self::Clients => Some(Role::Client),
+            Self::Peers => Some(Role::Peer),
+            Self::Join => None,
         }
     }
 
     fn versions(self) -> &'static [&'static SupportedProtocolVersion] {
         match self {
             Self::Clients => CLIENT_VERSIONS,
-            Self::Peers => PEER_VERSIONS,
+            Self::Peers | Self::Join => PEER_VERSIONS,
+        }
+    }
+
+    fn protocol(self) -> &'static [u8] {
+        match self {
+            Self::Clients | Self::Peers => ALPN_H2,
+            Self::Join => ALPN_JOIN,
         }
     }
 }
@@ -85,6 +98,21 @@ impl LiveCertificate {
 impl ResolvesServerCert for LiveCertificate {
     fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         Some(self.current())
+    }
+}
+
+/// The same certificate with the authority's behind it: who does not have that yet compares it with the token's hash.
+#[derive(Debug)]
+struct Introduced {
+    live: Arc<LiveCertificate>,
+    authority: CertificateDer<'static>,
+}
+
+impl ResolvesServerCert for Introduced {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let mut certified = CertifiedKey::clone(&self.live.current());
+        certified.cert.push(self.authority.clone());
+        Some(Arc::new(certified))
     }
 }
 
@@ -146,6 +174,7 @@ fn has_aes_instructions() -> bool {
 pub(super) struct Tls {
     provider: Arc<CryptoProvider>,
     roots: Arc<RootCertStore>,
+    authority: CertificateDer<'static>,
     clock: Arc<CertificateClock>,
     owner: Owner,
     server: Arc<LiveCertificate>,
@@ -165,6 +194,7 @@ impl Tls {
         Ok(Self {
             provider: Arc::new(provider()),
             roots: roots(authority)?,
+            authority: authority.clone(),
             clock: Arc::new(clock),
             owner,
             server,
@@ -174,24 +204,40 @@ impl Tls {
     }
 
     pub(super) fn accept(&self, port: Port) -> Result<Arc<ServerConfig>, Error> {
-        let certificate = match port {
-            Port::Clients => Arc::clone(&self.server),
-            Port::Peers => Arc::clone(&self.peer),
-        };
-        let webpki = client_verifier(&self.roots, &self.provider)?;
-        let verifier = CallerVerifier { webpki, cluster: self.owner.cluster, port };
         let provider = Arc::clone(&self.provider);
-        let mut config = ServerConfig::builder_with_details(provider, self.clock.clone())
-            .with_protocol_versions(port.versions())?
-            .with_client_cert_verifier(Arc::new(verifier))
-            .with_cert_resolver(certificate);
-        config.alpn_protocols = vec![ALPN_H2.to_vec()];
+        let builder = ServerConfig::builder_with_details(provider, self.clock.clone())
+            .with_protocol_versions(port.versions())?;
+        let builder = match port.caller() {
+            Some(role) => {
+                let webpki = client_verifier(&self.roots, &self.provider)?;
+                let cluster = self.owner.cluster;
+                builder.with_client_cert_verifier(Arc::new(CallerVerifier {
+                    webpki,
+                    cluster,
+                    role,
+                }))
+            }
+            None => builder.with_no_client_auth(),
+        };
+        let mut config = builder.with_cert_resolver(self.certificate(port));
+        config.alpn_protocols = vec![port.protocol().to_vec()];
         config.ignore_client_order = !has_aes_instructions();
         // A resumed session would skip the check of a certificate that has expired or lost its place since. Clients of a
         // datastore keep their connections, so nothing is gained by resuming.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         Ok(Arc::new(config))
+    }
+
+    fn certificate(&self, port: Port) -> Arc<dyn ResolvesServerCert> {
+        match port {
+            Port::Clients => self.server.clone(),
+            Port::Peers => self.peer.clone(),
+            Port::Join => Arc::new(Introduced {
+                live: Arc::clone(&self.peer),
+                authority: self.authority.clone(),
+            }),
+        }
     }
 
     pub(super) fn call_peer(&self, node: NodeId) -> Result<Arc<ClientConfig>, Error> {
@@ -233,7 +279,7 @@ impl Tls {
     }
 }
 
-fn roots(authority: &CertificateDer<'static>) -> Result<Arc<RootCertStore>, Error> {
+pub(super) fn roots(authority: &CertificateDer<'static>) -> Result<Arc<RootCertStore>, Error> {
     let mut roots = RootCertStore::empty();
     roots.add(authority.clone())?;
     Ok(Arc::new(roots))
@@ -285,7 +331,7 @@ fn check_owner(
     Identity::of(certificate).and_then(|found| found.expect(cluster, role, node)).map_err(refused)
 }
 
-fn refused(wrong: WrongIdentity) -> Error {
+pub(super) fn refused(wrong: WrongIdentity) -> Error {
     Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(wrong))))
 }
 
@@ -294,7 +340,7 @@ fn refused(wrong: WrongIdentity) -> Error {
 struct CallerVerifier {
     webpki: Arc<dyn ClientCertVerifier>,
     cluster: ClusterId,
-    port: Port,
+    role: Role,
 }
 
 impl ClientCertVerifier for CallerVerifier {
@@ -309,7 +355,7 @@ impl ClientCertVerifier for CallerVerifier {
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         let verified = self.webpki.verify_client_cert(end_entity, intermediates, now)?;
-        check_owner(end_entity, self.cluster, self.port.caller(), None)?;
+        check_owner(end_entity, self.cluster, self.role, None)?;
         Ok(verified)
     }
 

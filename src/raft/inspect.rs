@@ -1,14 +1,21 @@
 //! What an entry of the log holds, for tools that read a log without a node.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
+use prost::Message;
 
 use super::state_machine;
 use super::types::{self, Payload};
-use crate::command::Encoded;
+use crate::command::{Command, Encoded};
 use crate::mvcc::ReadTxn;
-use crate::types::NodeId;
+use crate::proto::node as wire;
+use crate::proto::node::cluster_change::Change;
+use crate::types::{LogIndex, NodeId};
+use crate::wal::Wal;
+
+/// Log read at a time while looking for what is not applied yet.
+const TAIL_BYTES: u64 = 1 << 20;
 
 /// The content of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,4 +43,58 @@ pub fn content(payload: &Bytes) -> Result<Content, String> {
 pub fn voters(view: &ReadTxn) -> Result<BTreeSet<NodeId>, String> {
     let stored = state_machine::stored_membership(view).map_err(|error| error.to_string())?;
     Ok(stored.membership().voter_ids().map(NodeId::new).collect())
+}
+
+/// The members according to a store, with the entry that says so: committed, but perhaps not the newest.
+pub fn stored_membership(view: &ReadTxn) -> Result<wire::StoredMembership, String> {
+    let Some(bytes) = view.membership().map_err(|error| error.to_string())? else {
+        return Ok(wire::StoredMembership::default());
+    };
+    wire::StoredMembership::decode(bytes).map_err(|error| error.to_string())
+}
+
+/// What a log holds beyond what its store has applied, for a node that is not running yet.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tail {
+    /// The newest membership, as Raft goes by it: the store's if the log has no later one.
+    pub membership: wire::StoredMembership,
+    /// Starts of nodes in the log. Each has happened, whether its entry is committed or not.
+    pub epochs: BTreeMap<NodeId, u64>,
+}
+
+/// Reads the log beyond what the store has applied: after a crash that may be minutes of it.
+pub fn tail(view: &ReadTxn, wal: &Wal) -> Result<Tail, String> {
+    let mut tail = Tail { membership: stored_membership(view)?, epochs: BTreeMap::new() };
+    let mut next = view.applied().map_or(LogIndex::new(0), |applied| applied.index.next());
+    let end = wal.hard_state().last.map_or(LogIndex::new(0), |last| last.index.next());
+    while next < end {
+        let entries = wal.entries(next..end, TAIL_BYTES).map_err(|error| error.to_string())?;
+        let Some(last) = entries.last() else { break };
+        next = last.id.index.next();
+        for entry in &entries {
+            match types::decode_payload(&entry.payload)? {
+                Payload::Blank => {}
+                Payload::Membership(membership) => {
+                    tail.membership = wire::StoredMembership {
+                        log_id: Some(types::wire_log_id(entry.id)),
+                        membership: Some(types::wire_membership(&membership)),
+                    };
+                }
+                Payload::Normal(command) => tail.note(&command),
+            }
+        }
+    }
+    Ok(tail)
+}
+
+impl Tail {
+    /// A command that cannot be read is reported by whoever applies it.
+    fn note(&mut self, command: &Encoded) {
+        if let Ok(Command::Cluster(change)) = command.decode()
+            && let Some(Change::Boot(boot)) = change.change
+        {
+            let known = self.epochs.entry(NodeId::new(boot.node)).or_default();
+            *known = boot.epoch.max(*known);
+        }
+    }
 }

@@ -7,7 +7,11 @@
 //!
 //! - [`Node`]: the handle. [`node`] puts openraft, the log and the store together.
 //! - `log_store`, `state_machine`, `network`: what openraft asks of us, each a thin translation.
-//! - [`change`]: who is a member.
+//! - [`transport`]: the way to other nodes, as this module needs it. `wire` is what is said, `pipeline` and `snapshot` how
+//!   entries and whole states travel, `answer` the other end of all of it.
+//! - `forward`, `read`: writes and linearizable reads through any member.
+//! - [`change`]: who is a member; `duties` and `lead`: what a leader does about it by itself.
+//! - [`reset`]: the way back when a majority is lost.
 //! - [`checkpoint`]: when the store is made durable and the log may forget.
 //!
 //! # Invariants
@@ -15,18 +19,36 @@
 //! - A leader that restarts is elected anew (`enable_leader_restore` off), a constant.
 //! - A proposal that may have entered the log is never offered again.
 //! - The log is purged only up to a checkpoint that is durable.
+//! - No answer promises what a power cut would undo (`promise`).
 
 pub mod change;
 pub mod checkpoint;
 pub mod inspect;
 pub mod node;
+pub mod reset;
 
+pub mod transport;
+
+mod answer;
+mod duties;
+mod forward;
+mod lead;
 mod log_store;
 mod network;
+mod outcome;
+mod pipeline;
+mod promise;
+mod quorum;
+mod read;
+pub mod runtime;
+mod snapshot;
 mod state_machine;
 mod stats;
 mod types;
+mod wire;
 
+#[cfg(test)]
+mod serving_tests;
 #[cfg(test)]
 mod tests;
 
@@ -40,7 +62,9 @@ use crate::types::{ClusterId, LogId, LogIndex, NodeId, Revision, Term};
 
 pub use change::ChangeError;
 pub use node::{Node, Options, Parts, StartError, StopError};
-pub use stats::Stats;
+pub use quorum::QuorumNumbers;
+pub use stats::{Progress, Stats};
+pub use types::{member_from_wire, wire_member};
 
 /// Why a proposal has no outcome. Only `NoLeader` and `TooManyRequests` say that the command was not applied: they
 /// are answered before it enters the log.
@@ -95,6 +119,8 @@ pub struct Member {
     pub client_urls: Vec<String>,
     /// No vote yet.
     pub learner: bool,
+    /// The member whose vote it takes over when it has caught up: its own former self, whose promises are lost.
+    pub replaces: Option<NodeId>,
 }
 
 /// What a node is at the moment.
@@ -132,6 +158,19 @@ pub struct Status {
     pub applied: LogIndex,
     /// All members.
     pub members: Vec<Member>,
+}
+
+impl Status {
+    /// How many members vote.
+    pub fn voters(&self) -> usize {
+        self.members.iter().filter(|member| !member.learner).count()
+    }
+
+    /// Whether an even number votes: it bears the loss of no more than one fewer would, and has one more card to lose.
+    pub fn has_even_voters(&self) -> bool {
+        let voters = self.voters();
+        0 < voters && voters.is_multiple_of(2)
+    }
 }
 
 /// What a batch of applied entries did, for those who follow the store.

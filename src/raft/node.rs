@@ -4,24 +4,26 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
-use openraft::{ReadPolicy, ServerState, SnapshotPolicy};
+use openraft::{ServerState, SnapshotPolicy};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::checkpoint::{self, CheckpointMark, Schedule};
+use super::lead;
 use super::log_store::LogStore;
 use super::network::Peers;
+use super::promise::{self, Promise};
+use super::read::{self, Reader};
 use super::state_machine::{AppliedNote, StateMachine};
 use super::stats::{Counters, Stats};
-use super::types::{self, Raft, TypeConfig, Waiter};
-use super::{Follow, Member, ProposeError, ReadBarrier, ReadError, Role, Status};
-use crate::apply::{Operations, Outcome};
-use crate::command::{Command, Encoded};
+use super::transport::{Refused, Transport};
+use super::types::{self, Raft, TypeConfig};
+use super::{Follow, Member, Role, Status};
+use crate::apply::Operations;
 use crate::env::Env;
 use crate::limits;
 use crate::mvcc::{Store, StoreError};
@@ -33,9 +35,10 @@ use crate::wal::Wal;
 pub struct Options {
     /// How often the leader says that it is there.
     pub heartbeat: Duration,
-    /// Shortest silence after which a follower stands for election.
+    /// A follower stands for election after a silence of `election_max` and a time by chance between both: openraft gives a
+    /// leader a lease of `election_max` first.
     pub election_min: Duration,
-    /// Longest such silence.
+    /// See above. So a leader that died is replaced within twice this, and the time a vote takes.
     pub election_max: Duration,
     /// When the store is made durable.
     pub checkpoint: checkpoint::Policy,
@@ -56,6 +59,8 @@ pub struct Parts {
     pub store: Store,
     /// Who follows the store.
     pub followers: Vec<Arc<dyn Follow>>,
+    /// The way to other nodes.
+    pub transport: Arc<dyn Transport>,
 }
 
 /// Why a node did not start.
@@ -78,7 +83,7 @@ pub struct Node {
     shared: Arc<Shared>,
 }
 
-struct Shared {
+pub(super) struct Shared {
     raft: Raft,
     wal: Wal,
     store: Store,
@@ -87,9 +92,12 @@ struct Shared {
     status: watch::Receiver<Status>,
     /// Set when the node cannot go on; says why.
     failure: watch::Receiver<Option<String>>,
+    fail: Arc<watch::Sender<Option<String>>>,
     counters: Arc<Counters>,
     mark: Arc<CheckpointMark>,
+    transport: Arc<dyn Transport>,
     checkpoint_requests: mpsc::UnboundedSender<CheckpointRequest>,
+    reads: mpsc::Sender<read::Request>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -147,27 +155,33 @@ fn raft_config(cluster: ClusterId, options: &Options) -> Result<openraft::Config
 impl Node {
     /// Starts taking part. Replays the log into the store before it returns.
     pub async fn start(parts: Parts, options: &Options) -> Result<Self, StartError> {
-        let Parts { env, cluster, member, wal, store, followers } = parts;
+        let Parts { env, cluster, member, wal, store, followers, transport } = parts;
         let id = member.id;
         let config = Arc::new(raft_config(cluster, options)?);
-        let mark = Arc::new(CheckpointMark::new(store.read()?.applied()));
+        let applied = store.read()?.applied();
+        let mark = Arc::new(CheckpointMark::new(applied));
         let replay_end = wal.hard_state().last.map_or(LogIndex::new(0), |last| last.index.next());
         let clock = Arc::clone(&env.clock);
         let counters = Arc::new(Counters::new(clock, options.election_min, replay_end));
+        counters.applied.send_replace(applied.map_or(LogIndex::new(0), |id| id.index));
         let (notes, applied_notes) = mpsc::unbounded_channel();
         let log_store = LogStore::new(wal.clone(), Arc::clone(&mark));
         let machine = StateMachine::new(
             store.clone(),
+            wal.clone(),
             Arc::clone(&mark),
             followers,
             notes,
             Arc::clone(&counters),
         );
-        let raft = Raft::new(id.get(), config, Peers, log_store, machine)
+        let peers = Peers::new(Arc::clone(&transport), id, Arc::clone(&counters));
+        let raft = Raft::new(id.get(), config, peers, log_store, machine)
             .await
             .map_err(|error| StartError::Storage(error.to_string()))?;
 
-        let (status, failure, follow) = follow_metrics(&raft, cluster, id, &counters);
+        let (fail, failure) = watch::channel(None);
+        let fail = Arc::new(fail);
+        let (status, follow) = follow_metrics(&raft, cluster, id, &counters, Arc::clone(&fail));
         let (checkpoint_requests, requests) = mpsc::unbounded_channel();
         let checkpointer = Checkpointer {
             schedule: Schedule::new(options.checkpoint, env.clock.now(), bytes_written(&wal)),
@@ -179,7 +193,9 @@ impl Node {
             counters: Arc::clone(&counters),
         };
         let checkpoints = tokio::spawn(checkpointer.run(applied_notes, requests));
-        let tasks = vec![follow, checkpoints];
+        let (reads, requests) = mpsc::channel(read::WAITING_MAX);
+        let reader = Reader { raft: raft.clone(), transport: Arc::clone(&transport), id, requests };
+        let tasks = vec![follow, checkpoints, tokio::spawn(reader.run())];
         let shared = Shared {
             raft,
             wal,
@@ -188,12 +204,17 @@ impl Node {
             id,
             status,
             failure,
+            fail,
             counters,
             mark,
+            transport,
             checkpoint_requests,
+            reads,
             tasks,
         };
-        Ok(Self { shared: Arc::new(shared) })
+        let shared = Arc::new(shared);
+        tokio::spawn(lead::run(Arc::downgrade(&shared), Arc::clone(&shared.env.clock)));
+        Ok(Self { shared })
     }
 
     /// Makes this node the only voter of a new cluster, if that has not happened yet, and has it elected.
@@ -223,106 +244,6 @@ impl Node {
         Ok(())
     }
 
-    /// Replicates a command and returns what applying it answered.
-    ///
-    /// Waits out the absence of a leader until the deadline, because a proposal that never entered the log is
-    /// safe to offer again. One that did is never offered twice.
-    pub async fn propose(
-        &self,
-        command: Command,
-        deadline: Instant,
-    ) -> Result<Outcome, ProposeError> {
-        let _pending = self.shared.counters.proposal();
-        let result = self.propose_by(command, deadline).await;
-        self.shared.counters.proposed(&result);
-        result
-    }
-
-    async fn propose_by(
-        &self,
-        command: Command,
-        deadline: Instant,
-    ) -> Result<Outcome, ProposeError> {
-        let status = self.shared.status.borrow().clone();
-        let backlog = status.committed.get().saturating_sub(status.applied.get());
-        if limits::APPLY_BACKLOG_MAX < backlog {
-            return Err(ProposeError::TooManyRequests);
-        }
-        let encoded = command.encode();
-        let mut submitted = false;
-        let attempts = self.propose_until_accepted(encoded, &mut submitted);
-        match tokio::time::timeout_at(deadline.into(), attempts).await {
-            Ok(result) => result,
-            Err(_elapsed) if submitted => Err(ProposeError::TimedOut),
-            Err(_elapsed) => Err(ProposeError::NoLeader),
-        }
-    }
-
-    async fn propose_until_accepted(
-        &self,
-        encoded: Encoded,
-        submitted: &mut bool,
-    ) -> Result<Outcome, ProposeError> {
-        let mut status = self.shared.status.clone();
-        loop {
-            let (waiter, answer) = oneshot::channel();
-            *submitted = true;
-            self.shared
-                .raft
-                .client_write_ff(encoded.clone(), Some(Waiter(waiter)))
-                .await
-                .map_err(|_fatal| ProposeError::Stopped)?;
-            match answer.await {
-                Ok(Ok(written)) => return written.data.0.ok_or(ProposeError::Stopped),
-                Ok(Err(ClientWriteError::LogEntryDiscarded(_))) => {
-                    return Err(ProposeError::LeaderChanged);
-                }
-                Ok(Err(ClientWriteError::ForwardToLeader(_))) => {
-                    *submitted = false;
-                    status.changed().await.map_err(|_closed| ProposeError::Stopped)?;
-                }
-                Ok(Err(
-                    ClientWriteError::ChangeMembershipError(_)
-                    | ClientWriteError::PreconditionFailed(_),
-                ))
-                | Err(_) => {
-                    return Err(ProposeError::Stopped);
-                }
-            }
-        }
-    }
-
-    /// Confirms with a majority that everything acknowledged before this call is in the local store.
-    pub async fn read_barrier(&self, deadline: Instant) -> Result<ReadBarrier, ReadError> {
-        let start = self.shared.counters.now();
-        let result = self.confirm_by(deadline).await;
-        self.shared.counters.confirmed(start, &result);
-        result
-    }
-
-    async fn confirm_by(&self, deadline: Instant) -> Result<ReadBarrier, ReadError> {
-        let confirm = async {
-            let mut status = self.shared.status.clone();
-            loop {
-                match self.shared.raft.ensure_linearizable(ReadPolicy::ReadIndex).await {
-                    Ok(_) => return Ok(ReadBarrier(())),
-                    Err(RaftError::APIError(
-                        LinearizableReadError::ForwardToLeader(_)
-                        | LinearizableReadError::QuorumNotEnough(_),
-                    )) => {
-                        status.changed().await.map_err(|_closed| ReadError::Stopped)?;
-                    }
-                    Err(RaftError::Fatal(_)) => return Err(ReadError::Stopped),
-                }
-            }
-        };
-        match tokio::time::timeout_at(deadline.into(), confirm).await {
-            Ok(result) => result,
-            Err(_elapsed) if self.status().leader.is_none() => Err(ReadError::NoLeader),
-            Err(_elapsed) => Err(ReadError::TimedOut),
-        }
-    }
-
     /// The local store.
     pub fn store(&self) -> &Store {
         &self.shared.store
@@ -330,6 +251,49 @@ impl Node {
 
     pub(super) fn raft(&self) -> &Raft {
         &self.shared.raft
+    }
+
+    pub(super) const fn of(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    pub(super) fn reads(&self) -> &mpsc::Sender<read::Request> {
+        &self.shared.reads
+    }
+
+    pub(super) fn counters(&self) -> &Arc<Counters> {
+        &self.shared.counters
+    }
+
+    /// Looks whether a power cut now would break a promise that is about to leave. If so the node stops, and nothing leaves.
+    pub(super) fn keep(&self, promise: Promise) -> Result<(), Refused> {
+        let (log, state) = (self.shared.wal.durable(), self.shared.mark.durable());
+        if let Some(breach) = promise::breach(promise, &log, state) {
+            let reason = format!("persist before reply: {breach}");
+            tracing::error!(%reason, "the node would have promised what is not durable, and stops");
+            first_reason(&self.shared.fail, reason);
+            let raft = self.shared.raft.clone();
+            tokio::spawn(async move { drop(raft.shutdown().await) });
+        }
+        self.ready()
+    }
+
+    /// Refuses once the node cannot go on: nothing is acknowledged from then on.
+    pub(super) fn ready(&self) -> Result<(), Refused> {
+        match &*self.shared.failure.borrow() {
+            Some(reason) => Err(Refused::NotReady(reason.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// The way to other nodes.
+    pub(super) fn transport(&self) -> &Arc<dyn Transport> {
+        &self.shared.transport
+    }
+
+    /// Itself.
+    pub(super) fn id(&self) -> NodeId {
+        self.shared.id
     }
 
     /// The log.
@@ -363,28 +327,6 @@ impl Node {
         self.shared.failure.clone()
     }
 
-    /// Hands leadership to another voter, and returns when it leads.
-    pub async fn transfer_leader(&self, to: NodeId, deadline: Instant) -> Result<(), ProposeError> {
-        let transfer = async {
-            self.shared
-                .raft
-                .trigger()
-                .transfer_leader(to.get())
-                .await
-                .map_err(|_fatal| ProposeError::Stopped)?;
-            let mut status = self.shared.status.clone();
-            status
-                .wait_for(|status| status.leader == Some(to))
-                .await
-                .map_err(|_closed| ProposeError::Stopped)?;
-            Ok(())
-        };
-        match tokio::time::timeout_at(deadline.into(), transfer).await {
-            Ok(result) => result,
-            Err(_elapsed) => Err(ProposeError::TimedOut),
-        }
-    }
-
     /// Makes the store durable now, and returns when it is.
     pub async fn checkpoint(&self) -> Result<(), StoreError> {
         let (done, durable) = oneshot::channel();
@@ -394,8 +336,9 @@ impl Node {
         durable.await.unwrap_or(Err(StoreError::Stopping))
     }
 
-    /// Leaves: checkpoint, stop openraft, close the log. The last act of a node.
+    /// Leaves: let another voter lead, checkpoint, stop openraft, close the log. The last act of a node.
     pub async fn stop(&self) -> Result<(), StopError> {
+        self.leave_leadership().await;
         self.checkpoint().await?;
         self.shared.raft.shutdown().await.map_err(|error| StopError::Raft(error.to_string()))?;
         self.shared.wal.close().await.map_err(|error| StopError::Log(error.to_string()))?;
@@ -443,11 +386,11 @@ fn follow_metrics(
     cluster: ClusterId,
     id: NodeId,
     counters: &Arc<Counters>,
-) -> (watch::Receiver<Status>, watch::Receiver<Option<String>>, JoinHandle<()>) {
+    fail: Arc<watch::Sender<Option<String>>>,
+) -> (watch::Receiver<Status>, JoinHandle<()>) {
     let mut metrics = raft.metrics();
     let counters = Arc::clone(counters);
     let (status_tx, status) = watch::channel(status_of(&metrics.borrow_watched(), cluster, id));
-    let (failure_tx, failure) = watch::channel(None);
     let task = tokio::spawn(async move {
         while metrics.changed().await.is_ok() {
             let (next, fatal) = {
@@ -463,11 +406,20 @@ fn follow_metrics(
                 changed
             });
             if let Some(reason) = fatal {
-                failure_tx.send_replace(Some(reason));
+                first_reason(&fail, reason);
             }
         }
     });
-    (status, failure, task)
+    (status, task)
+}
+
+/// The first reason stays: what follows are its consequences.
+fn first_reason(fail: &watch::Sender<Option<String>>, reason: String) {
+    fail.send_if_modified(|failure| {
+        let first = failure.is_none();
+        failure.get_or_insert(reason);
+        first
+    });
 }
 
 fn reason(fatal: &openraft::errors::Fatal<TypeConfig>) -> String {

@@ -18,6 +18,7 @@ use prost::Message;
 use tokio::sync::mpsc;
 
 use super::checkpoint::CheckpointMark;
+use super::snapshot::{self, Snapshot, SnapshotData};
 use super::stats::Counters;
 use super::types::{
     self, Entry, Payload, RaftLogId, Reply, SnapshotMeta, StoredMembership, TypeConfig,
@@ -28,11 +29,12 @@ use crate::command::Command;
 use crate::mvcc::{ReadTxn, Store, StoreError, WriteTxn};
 use crate::proto::node as wire;
 use crate::types::LogId;
+use crate::wal::Wal;
 
 /// Entries per store transaction: enough to share its cost, few enough that replies are not held back.
 const BATCH_ENTRIES_MAX: usize = 512;
-
-type Snapshot = openraft::type_config::alias::SnapshotOf<TypeConfig, ReadTxn>;
+/// And bytes: what a transaction holds in memory.
+const BATCH_BYTES_MAX: usize = 2 << 20;
 
 /// What the checkpointer wants to know of a batch.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +46,7 @@ pub(super) struct AppliedNote {
 /// See the module documentation.
 pub struct StateMachine {
     store: Store,
+    wal: Wal,
     checkpoint: Arc<CheckpointMark>,
     followers: Vec<Arc<dyn Follow>>,
     notes: mpsc::UnboundedSender<AppliedNote>,
@@ -65,12 +68,13 @@ struct Done {
 impl StateMachine {
     pub(super) fn new(
         store: Store,
+        wal: Wal,
         checkpoint: Arc<CheckpointMark>,
         followers: Vec<Arc<dyn Follow>>,
         notes: mpsc::UnboundedSender<AppliedNote>,
         counters: Arc<Counters>,
     ) -> Self {
-        Self { store, checkpoint, followers, notes, counters }
+        Self { store, wal, checkpoint, followers, notes, counters }
     }
 
     /// Rewrites the store's file. Runs where entries are applied, so that none is applied meanwhile.
@@ -149,6 +153,13 @@ impl Done {
     }
 }
 
+fn bytes_of(entry: &Entry) -> usize {
+    match &entry.payload {
+        Payload::Normal(command) => command.bytes().len(),
+        Payload::Blank | Payload::Membership(_) => 0,
+    }
+}
+
 /// Reads the membership that the store remembers.
 pub(super) fn stored_membership(view: &ReadTxn) -> io::Result<StoredMembership> {
     let Some(bytes) = view.membership().map_err(io::Error::other)? else {
@@ -169,11 +180,11 @@ fn snapshot_of(view: ReadTxn) -> io::Result<Snapshot> {
         last_log_id: view.applied().map(types::raft_log_id),
         last_membership: stored_membership(&view)?,
     };
-    Ok(Snapshot { meta, snapshot: view })
+    Ok(Snapshot { meta, snapshot: SnapshotData::Moment(Box::new(view)) })
 }
 
 impl RaftStateMachine<TypeConfig> for StateMachine {
-    type SnapshotData = ReadTxn;
+    type SnapshotData = SnapshotData;
     type SnapshotBuilder = Checkpointed;
 
     async fn applied_state(&mut self) -> Result<(Option<RaftLogId>, StoredMembership), io::Error> {
@@ -185,11 +196,14 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     where
         S: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
     {
-        let mut batch = Vec::new();
+        let (mut batch, mut bytes) = (Vec::new(), 0);
         while let Some(item) = entries.next().await {
-            batch.push(item?);
-            if BATCH_ENTRIES_MAX <= batch.len() {
+            let (entry, responder) = item?;
+            bytes += bytes_of(&entry);
+            batch.push((entry, responder));
+            if BATCH_ENTRIES_MAX <= batch.len() || BATCH_BYTES_MAX <= bytes {
                 self.apply_batch(std::mem::take(&mut batch)).map_err(io::Error::other)?;
+                bytes = 0;
             }
         }
         self.apply_batch(batch).map_err(io::Error::other)
@@ -206,13 +220,21 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     async fn install_snapshot(
         &mut self,
         meta: &SnapshotMeta,
-        snapshot: ReadTxn,
+        snapshot: SnapshotData,
     ) -> Result<(), io::Error> {
-        let mut stream = Vec::new();
-        snapshot.dump(&mut stream).map_err(io::Error::other)?;
-        self.store.restore(&mut stream.as_slice()).await.map_err(io::Error::other)?;
+        let received = match snapshot {
+            SnapshotData::Received(received) => received,
+            SnapshotData::Moment(view) => {
+                snapshot::copy(*view, &self.store).await.map_err(io::Error::other)?
+            }
+        };
+        // Entries that the snapshot contradicts were cut off the log before this call. That must survive if the new
+        // state does: they would stand behind a state that never had them.
+        let _durable = self.wal.flush().await.map_err(io::Error::other)?;
+        self.store.adopt(received).await.map_err(io::Error::other)?;
         if let Some(last) = &meta.last_log_id {
             self.checkpoint.raise(types::log_id(last));
+            self.counters.applied.send_replace(types::log_id(last).index);
         }
         let revision = self.store.read().map_err(io::Error::other)?.revision();
         for follower in &self.followers {
@@ -239,7 +261,7 @@ pub struct Checkpointed {
 }
 
 impl RaftSnapshotBuilder<TypeConfig> for Checkpointed {
-    type SnapshotData = ReadTxn;
+    type SnapshotData = SnapshotData;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
         let view = self.store.read().map_err(io::Error::other)?;

@@ -3,9 +3,11 @@
 //! Plain atomics: whoever does the work adds, `/metrics` reads, nobody waits. Everything counts from the start of
 //! the process; what the start replays from the log is applied once more and counts as applied.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
 
 use crate::apply::Operations;
 use crate::env::Clock;
@@ -44,6 +46,114 @@ pub struct Stats {
     pub checkpoint_index: LogIndex,
     /// Operations on keys, applied or read.
     pub operations: Operations,
+    /// Snapshots that a follower has installed from here.
+    pub snapshots_sent: u64,
+    /// Snapshots that this node has installed.
+    pub snapshots_received: u64,
+    /// The snapshot that is being sent, or the last of several.
+    pub sending: Option<Progress>,
+    /// The snapshot that is being received.
+    pub receiving: Option<Progress>,
+}
+
+/// How far a snapshot is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Records carried.
+    pub records: u64,
+    /// About how many there are.
+    pub records_estimate: u64,
+    /// Bytes carried, compressed.
+    pub bytes: u64,
+    /// Since it began.
+    pub elapsed: Duration,
+}
+
+impl Progress {
+    /// How much is done, in percent. Below 100 until the end, because the total is an estimate.
+    pub fn percent(&self) -> u64 {
+        let percent = self.records.saturating_mul(100).checked_div(self.records_estimate);
+        percent.unwrap_or(0).min(99)
+    }
+
+    /// Bytes per second so far.
+    pub fn bytes_per_second(&self) -> u64 {
+        let millis = u64::try_from(self.elapsed.as_millis()).unwrap_or(u64::MAX).max(1);
+        self.bytes.saturating_mul(1000) / millis
+    }
+
+    /// About how long the rest takes.
+    pub fn remaining(&self) -> Option<Duration> {
+        let left = self.records_estimate.saturating_sub(self.records);
+        let millis = u64::try_from(self.elapsed.as_millis()).ok()?;
+        Some(Duration::from_millis(millis.saturating_mul(left).checked_div(self.records)?))
+    }
+}
+
+/// A snapshot under way, shared by those who move it. It is over when the last of them lets go.
+#[derive(Clone)]
+pub(super) struct Moving(Arc<Move>);
+
+struct Move {
+    counters: Arc<Counters>,
+    direction: Direction,
+    number: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direction {
+    Out,
+    In,
+}
+
+/// The newest snapshot in one direction.
+#[derive(Debug, Default)]
+struct Current {
+    /// Counts snapshots, so that one that ends does not end the next.
+    number: u64,
+    under_way: Option<(Instant, Progress)>,
+}
+
+impl Moving {
+    fn begin(counters: &Arc<Counters>, direction: Direction, records_estimate: u64) -> Self {
+        let start = counters.now();
+        let mut current = counters.current(direction);
+        current.number += 1;
+        current.under_way = Some((start, Progress { records_estimate, ..Progress::default() }));
+        let number = current.number;
+        drop(current);
+        Self(Arc::new(Move { counters: Arc::clone(counters), direction, number }))
+    }
+
+    /// So many bytes more, and so many records in all.
+    pub(super) fn moved(&self, bytes: u64, records: u64) {
+        let mut current = self.0.counters.current(self.0.direction);
+        if current.number == self.0.number
+            && let Some((_, progress)) = &mut current.under_way
+        {
+            progress.bytes += bytes;
+            progress.records = records;
+        }
+    }
+
+    /// It is installed.
+    pub(super) fn done(&self) {
+        let counters = &self.0.counters;
+        let counter = match self.0.direction {
+            Direction::Out => &counters.snapshots_sent,
+            Direction::In => &counters.snapshots_received,
+        };
+        counter.fetch_add(1, Relaxed);
+    }
+}
+
+impl Drop for Move {
+    fn drop(&mut self) {
+        let mut current = self.counters.current(self.direction);
+        if current.number == self.number {
+            current.under_way = None;
+        }
+    }
 }
 
 /// The counters behind [`Stats`].
@@ -52,6 +162,8 @@ pub(super) struct Counters {
     slow_read: Duration,
     /// Entries before this one were in the log at the start.
     replay_end: LogIndex,
+    /// The last entry in the store.
+    pub(super) applied: watch::Sender<LogIndex>,
     pub(super) leader_changes: AtomicU64,
     pub(super) checkpoints_failed: AtomicU64,
     proposals_pending: AtomicU64,
@@ -67,6 +179,10 @@ pub(super) struct Counters {
     deletes: AtomicU64,
     ranges: AtomicU64,
     txns: AtomicU64,
+    snapshots_sent: AtomicU64,
+    snapshots_received: AtomicU64,
+    sending: Mutex<Current>,
+    receiving: Mutex<Current>,
 }
 
 /// A proposal under way. A client that goes away drops it, which is no failure.
@@ -85,6 +201,7 @@ impl Counters {
             clock,
             slow_read,
             replay_end,
+            applied: watch::Sender::new(LogIndex::new(0)),
             leader_changes: AtomicU64::default(),
             checkpoints_failed: AtomicU64::default(),
             proposals_pending: AtomicU64::default(),
@@ -100,7 +217,34 @@ impl Counters {
             deletes: AtomicU64::default(),
             ranges: AtomicU64::default(),
             txns: AtomicU64::default(),
+            snapshots_sent: AtomicU64::default(),
+            snapshots_received: AtomicU64::default(),
+            sending: Mutex::default(),
+            receiving: Mutex::default(),
         }
+    }
+
+    /// A snapshot is on its way to a follower until what this returns is dropped.
+    pub(super) fn sends_snapshot(self: &Arc<Self>, records_estimate: u64) -> Moving {
+        Moving::begin(self, Direction::Out, records_estimate)
+    }
+
+    /// A snapshot is on its way here until what this returns is dropped.
+    pub(super) fn receives_snapshot(self: &Arc<Self>, records_estimate: u64) -> Moving {
+        Moving::begin(self, Direction::In, records_estimate)
+    }
+
+    fn current(&self, direction: Direction) -> MutexGuard<'_, Current> {
+        let current = match direction {
+            Direction::Out => &self.sending,
+            Direction::In => &self.receiving,
+        };
+        current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn progress(&self, direction: Direction) -> Option<Progress> {
+        let (start, progress) = self.current(direction).under_way?;
+        Some(Progress { elapsed: self.since(start), ..progress })
     }
 
     /// When something that is measured begins.
@@ -139,6 +283,7 @@ impl Counters {
         let took = self.since(start);
         self.apply_entries.observe(entries);
         self.apply_micros.observe_micros(took);
+        self.applied.send_replace(last);
         if SLOW_APPLY < took {
             self.slow_applies.fetch_add(1, Relaxed);
         }
@@ -188,6 +333,10 @@ impl Counters {
                 ranges: self.ranges.load(Relaxed),
                 txns: self.txns.load(Relaxed),
             },
+            snapshots_sent: self.snapshots_sent.load(Relaxed),
+            snapshots_received: self.snapshots_received.load(Relaxed),
+            sending: self.progress(Direction::Out),
+            receiving: self.progress(Direction::In),
         }
     }
 }
@@ -229,6 +378,37 @@ mod tests {
         counters.proposed(&Ok::<(), ()>(()));
         let stats = stats(&counters);
         assert_eq!((stats.proposals_pending, stats.proposals_failed), (0, 1));
+    }
+
+    #[test]
+    fn snapshot_under_way_tells_how_far_it_is_and_the_next_is_not_ended_with_it() {
+        let counters = Arc::new(counters(0));
+        let first = counters.receives_snapshot(200);
+        first.moved(1000, 50);
+        let progress = stats(&counters).receiving.unwrap();
+        assert_eq!((progress.records, progress.bytes, progress.percent()), (50, 1000, 25));
+        assert!(stats(&counters).sending.is_none());
+
+        let second = counters.receives_snapshot(0);
+        first.moved(1, 51);
+        drop(first);
+        second.done();
+        let seen = stats(&counters);
+        assert_eq!(
+            seen.receiving.map(|progress| (progress.bytes, progress.percent())),
+            Some((0, 0))
+        );
+        assert_eq!((seen.snapshots_received, seen.snapshots_sent), (1, 0));
+        let (other, elapsed) = (second.clone(), Duration::from_secs(2));
+        drop(second);
+        assert!(stats(&counters).receiving.is_some());
+        drop(other);
+        assert!(stats(&counters).receiving.is_none());
+
+        let progress = Progress { records: 50, records_estimate: 200, bytes: 3000, elapsed };
+        assert_eq!(progress.bytes_per_second(), 1500);
+        assert_eq!(progress.remaining(), Some(Duration::from_secs(6)));
+        assert_eq!(Progress::default().remaining(), None);
     }
 
     #[test]

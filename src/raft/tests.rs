@@ -1,5 +1,8 @@
 //! The node on a real disk: openraft's own conformance suite on our log and store, and the life of one voter.
 
+mod cluster;
+mod wire;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,6 +17,7 @@ use super::checkpoint::{CheckpointMark, Policy};
 use super::log_store::LogStore;
 use super::state_machine::StateMachine;
 use super::stats::Counters;
+use super::transport::NoPeers;
 use super::types::TypeConfig;
 use super::{Member, Node, Options, Parts, Role};
 use crate::apply::Reply;
@@ -28,10 +32,10 @@ use crate::wal::{self, Wal};
 const CLUSTER: ClusterId = ClusterId::new(0xc1);
 const NODE: NodeId = NodeId::new(0x11);
 
-const OPTIONS: Options = Options {
+pub(super) const OPTIONS: Options = Options {
     heartbeat: Duration::from_millis(500),
-    election_min: Duration::from_secs(2),
-    election_max: Duration::from_secs(4),
+    election_min: Duration::from_secs(1),
+    election_max: Duration::from_millis(1500),
     checkpoint: Policy {
         interval: limits::CHECKPOINT_INTERVAL,
         log_bytes: ByteCount::new(limits::CHECKPOINT_LOG_BYTES),
@@ -39,10 +43,14 @@ const OPTIONS: Options = Options {
 };
 
 async fn open(dir: &Path) -> (Wal, Store) {
+    open_as(dir, NODE).await
+}
+
+pub(super) async fn open_as(dir: &Path, node: NodeId) -> (Wal, Store) {
     let env = host::env();
     let options = mvcc::Options { cache_bytes: 1 << 20, drain: DrainOn::Thread };
     let store = Store::open(&env, &dir.join("state.redb"), &options).unwrap();
-    let identity = wal::Identity { cluster: CLUSTER, node: NODE };
+    let identity = wal::Identity { cluster: CLUSTER, node };
     let options = wal::Options {
         segment_bytes: limits::WAL_SEGMENT_BYTES,
         slots_min: 1,
@@ -68,8 +76,14 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
         let mark = Arc::new(CheckpointMark::new(Some(everything)));
         let (notes, _) = mpsc::unbounded_channel();
         let counters = Counters::new(host::env().clock, Duration::from_secs(1), LogIndex::new(0));
-        let machine =
-            StateMachine::new(store, Arc::clone(&mark), vec![], notes, Arc::new(counters));
+        let machine = StateMachine::new(
+            store,
+            wal.clone(),
+            Arc::clone(&mark),
+            vec![],
+            notes,
+            Arc::new(counters),
+        );
         Ok((dir, LogStore::new(wal, mark), machine))
     }
 }
@@ -90,6 +104,7 @@ async fn start(dir: &Path) -> Node {
         wal,
         store,
         followers: vec![],
+        transport: Arc::new(NoPeers),
     };
     let node = Node::start(parts, &OPTIONS).await.unwrap();
     node.found(&member).await.unwrap();

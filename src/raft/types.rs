@@ -6,7 +6,7 @@ use std::fmt;
 use bytes::Bytes;
 use openraft::OptionalSend;
 use openraft::impls::leader_id_adv::LeaderId;
-use openraft::impls::{BoxedErrorSource, InlineBatch, TokioRuntime};
+use openraft::impls::{BoxedErrorSource, InlineBatch};
 use openraft::raft::responder::Responder;
 use openraft::type_config::alias::{CommittedLeaderIdOf, LogIdOf, VoteOf};
 use openraft::vote::RaftLeaderId as _;
@@ -33,7 +33,7 @@ impl openraft::RaftTypeConfig for TypeConfig {
     type Vote = openraft::impls::Vote<Self::LeaderId>;
     type Payload = Payload;
     type Entry = openraft::Entry<CommittedLeaderIdOf<Self>, Payload>;
-    type AsyncRuntime = TokioRuntime;
+    type AsyncRuntime = super::runtime::Runtime;
     type Responder<T>
         = Waiter<T>
     where
@@ -89,6 +89,8 @@ pub struct Contact {
     pub(super) name: String,
     pub(super) peer_urls: Vec<String>,
     pub(super) client_urls: Vec<String>,
+    /// As in [`Member`]; 0 for nobody.
+    pub(super) replaces: u64,
 }
 
 impl Contact {
@@ -97,16 +99,18 @@ impl Contact {
             name: member.name.clone(),
             peer_urls: member.peer_urls.clone(),
             client_urls: member.client_urls.clone(),
+            replaces: member.replaces.map_or(0, NodeId::get),
         }
     }
 
-    fn member(&self, id: u64, learner: bool) -> Member {
+    pub(super) fn member(&self, id: u64, learner: bool) -> Member {
         Member {
             id: NodeId::new(id),
             name: self.name.clone(),
             peer_urls: self.peer_urls.clone(),
             client_urls: self.client_urls.clone(),
             learner,
+            replaces: (self.replaces != 0).then(|| NodeId::new(self.replaces)),
         }
     }
 }
@@ -157,6 +161,34 @@ pub(super) fn raft_vote(vote: Vote) -> RaftVote {
     }
 }
 
+/// Who led in a term, as openraft names it.
+pub(super) fn leadership(term: Term, leader: NodeId) -> CommittedLeaderIdOf<TypeConfig> {
+    CommittedLeaderIdOf::<TypeConfig>::new(term.get(), leader.get())
+}
+
+/// A member as it is sent and kept.
+pub fn wire_member(member: &Member) -> wire::Member {
+    wire::Member {
+        id: member.id.get(),
+        name: member.name.clone(),
+        peer_urls: member.peer_urls.clone(),
+        client_urls: member.client_urls.clone(),
+        replaces: member.replaces.map_or(0, NodeId::get),
+    }
+}
+
+/// A member on its way: whether it votes is not its own to say.
+pub fn member_from_wire(member: wire::Member) -> Member {
+    Member {
+        id: NodeId::new(member.id),
+        name: member.name,
+        peer_urls: member.peer_urls,
+        client_urls: member.client_urls,
+        learner: true,
+        replaces: (member.replaces != 0).then(|| NodeId::new(member.replaces)),
+    }
+}
+
 pub(super) fn wire_log_id(id: LogId) -> wire::LogId {
     wire::LogId { term: id.term.get(), leader: id.leader.get(), index: id.index.get() }
 }
@@ -182,6 +214,7 @@ pub(super) fn wire_membership(membership: &Membership) -> wire::Membership {
             name: member.name.clone(),
             peer_urls: member.peer_urls.clone(),
             client_urls: member.client_urls.clone(),
+            replaces: member.replaces,
         })
         .collect();
     wire::Membership { configs, members }
@@ -198,6 +231,7 @@ pub(super) fn membership_from_wire(wire: wire::Membership) -> Result<Membership,
                 name: member.name,
                 peer_urls: member.peer_urls,
                 client_urls: member.client_urls,
+                replaces: member.replaces,
             };
             (member.id, contact)
         })

@@ -7,11 +7,15 @@
 //! TLS handshake runs in a task of its own, so a client that stalls in it delays nobody. [`Admission`] is the pure part: it
 //! counts and says yes or no.
 //!
+//! [`Listeners::accept_peers`] is for port 2380, where two kinds of callers come: nodes, and newcomers that have only a
+//! token. What a caller asks for in its first message (ALPN) decides which; the two never meet again.
+//!
 //! # Invariants
 //!
 //! - Plain TCP is accepted on loopback addresses only, except for the read-only metrics port.
 //! - A connection holds its place in the caps from accept to close, handshake included.
-//! - A connection that reaches the stream has finished its handshake; its certificate's owner is in [`PeerInfo`].
+//! - A newcomer that finds no place is turned away before it costs a signature.
+//! - A connection that reaches the stream has finished its handshake; its certificate's owner is in [`Caller`].
 //! - Running out of file descriptors pauses accepting; it ends nothing.
 //!
 //! # Not here
@@ -28,17 +32,18 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use rustls::ServerConfig;
+use rustls::server::ClientHello;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use tokio_rustls::{LazyConfigAcceptor, StartHandshake};
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 
 use crate::metrics::Connections;
-use crate::pki::Identity;
+use crate::pki::{ALPN_JOIN, Caller, ChannelBinding, Identity};
 
 mod admission;
 mod port_owner;
@@ -179,27 +184,64 @@ impl Listeners {
     /// Starts accepting. Dropping the stream closes the sockets and gives up unfinished handshakes; connections that
     /// were taken from it live on.
     pub fn accept(self, caps: Caps, metrics: Connections) -> Incoming {
-        let (sender, receiver) = mpsc::channel(QUEUE);
-        let tls = match self.security {
-            Security::Tls(config) => Some(TlsAcceptor::from(config)),
+        let tls = match &self.security {
+            Security::Tls(config) => Some(Arc::clone(config)),
             Security::PlainLoopback | Security::PlainReadOnly => None,
             Security::ClosedUntilTls => {
                 unreachable!("{} accepts before it has certificates", self.purpose)
             }
         };
-        let acceptor = Acceptor {
-            admission: Admission::new(caps),
-            metrics,
-            tls,
-            purpose: self.purpose,
-            sender,
-        };
+        let (incoming, loops) = self.run(tls, None, caps, metrics);
+        Incoming { receiver: incoming, _loops: loops }
+    }
+
+    /// Starts accepting nodes, which have a certificate, and newcomers, which do not. Dropping the nodes' stream closes the
+    /// sockets for both.
+    pub fn accept_peers(self, doors: PeerDoors, metrics: Connections) -> PeersIncoming {
+        let (sender, newcomers) = mpsc::channel(QUEUE);
+        let side =
+            SideDoor { tls: doors.newcomers, admission: Admission::new(Caps::JOINERS), sender };
+        let (nodes, loops) = self.run(Some(doors.nodes), Some(side), Caps::PEERS, metrics);
+        PeersIncoming {
+            nodes: Incoming { receiver: nodes, _loops: loops },
+            newcomers: Incoming { receiver: newcomers, _loops: JoinSet::new() },
+        }
+    }
+
+    fn run(
+        self,
+        tls: Option<Arc<ServerConfig>>,
+        side: Option<SideDoor>,
+        caps: Caps,
+        metrics: Connections,
+    ) -> (mpsc::Receiver<Connection>, JoinSet<()>) {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let admission = Admission::new(caps);
+        let acceptor = Acceptor { admission, metrics, tls, side, purpose: self.purpose, sender };
         let mut loops = JoinSet::new();
         for listener in self.listeners {
             loops.spawn(acceptor.clone().run(listener));
         }
-        Incoming { receiver, _loops: loops }
+        (receiver, loops)
     }
+}
+
+/// Both doors of port 2380.
+#[derive(Clone, Debug)]
+pub struct PeerDoors {
+    /// For nodes: [`Port::Peers`](crate::pki::Port::Peers).
+    pub nodes: Arc<ServerConfig>,
+    /// For those who want to become one: [`Port::Join`](crate::pki::Port::Join).
+    pub newcomers: Arc<ServerConfig>,
+}
+
+/// Established connections of port 2380.
+#[derive(Debug)]
+pub struct PeersIncoming {
+    /// Their certificates say which nodes they are.
+    pub nodes: Incoming,
+    /// They have shown nothing; [`Caller::binding`] is there.
+    pub newcomers: Incoming,
 }
 
 fn listen_error(purpose: &'static str, address: SocketAddr, source: io::Error) -> ListenError {
@@ -234,8 +276,17 @@ impl Stream for Incoming {
 struct Acceptor {
     admission: Admission,
     metrics: Connections,
-    tls: Option<TlsAcceptor>,
+    tls: Option<Arc<ServerConfig>>,
+    side: Option<SideDoor>,
     purpose: &'static str,
+    sender: mpsc::Sender<Connection>,
+}
+
+/// Where callers go that ask to join: few at a time.
+#[derive(Clone)]
+struct SideDoor {
+    tls: Arc<ServerConfig>,
+    admission: Admission,
     sender: mpsc::Sender<Connection>,
 }
 
@@ -288,55 +339,101 @@ impl Acceptor {
     }
 
     fn admit(&self, stream: TcpStream, remote: SocketAddr, handshakes: &mut JoinSet<()>) {
-        let Some(place) = self.admission.enter(remote.ip()) else {
-            self.metrics.refused.inc();
-            tracing::debug!(%remote, purpose = self.purpose, "connection refused: too many are open");
+        let now = tokio::time::Instant::now().into_std();
+        let Some(mut place) = self.admission.enter(remote.ip(), now) else {
+            self.refused(remote);
             return;
         };
         let acceptor = self.clone();
         handshakes.spawn(async move {
             let metrics = acceptor.metrics.clone();
-            match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.establish(stream, remote, place))
-                .await
-            {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    metrics.handshakes_failed.inc();
-                    tracing::debug!(%remote, %error, "handshake failed");
-                }
-                Err(_) => {
-                    metrics.handshakes_failed.inc();
-                    tracing::debug!(%remote, "handshake took too long");
-                }
-            }
+            let pushed_out = place.pushed_out();
+            let shaken = acceptor.establish(stream, remote, place);
+            let failure = tokio::select! {
+                shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, shaken) => match shaken {
+                    Ok(Ok(())) => return,
+                    Ok(Err(error)) => error.to_string(),
+                    Err(_) => "it took too long".to_owned(),
+                },
+                () = pushed_out => "others came and it had not ended".to_owned(),
+            };
+            metrics.handshakes_failed.inc();
+            tracing::debug!(%remote, %failure, "handshake failed");
         });
+    }
+
+    fn refused(&self, remote: SocketAddr) {
+        self.metrics.refused.inc();
+        tracing::debug!(%remote, purpose = self.purpose, "connection refused: too many are open");
     }
 
     async fn establish(
         self,
         stream: TcpStream,
         remote: SocketAddr,
-        mut place: Place,
+        place: Place,
     ) -> io::Result<()> {
         tune(&stream)?;
         let local = stream.local_addr()?;
-        let (io, identity) = match &self.tls {
-            None => (Io::Plain(stream), None),
-            Some(tls) => {
-                let stream = tls.accept(stream).await?;
-                let identity = owner(&stream)?;
-                (Io::Tls(Box::new(stream)), Some(identity))
-            }
+        let caller = Caller { remote, local, identity: None, binding: None };
+        let Some(tls) = self.tls.clone() else {
+            return self.hand_over(&self.sender, Io::Plain(stream), caller, place).await;
         };
-        place.established();
+        let hello = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
+        if let Some(side) = &self.side
+            && wants_to_join(&hello.client_hello())
+        {
+            // The place among the nodes' handshakes is free again from here on.
+            drop(place);
+            return self.establish_newcomer(side, hello, caller).await;
+        }
+        let stream = hello.into_stream(tls).await?;
+        let caller = Caller { identity: Some(owner(&stream)?), ..caller };
+        self.hand_over(&self.sender, Io::Tls(Box::new(stream)), caller, place).await
+    }
+
+    async fn establish_newcomer(
+        &self,
+        side: &SideDoor,
+        hello: StartHandshake<TcpStream>,
+        caller: Caller,
+    ) -> io::Result<()> {
+        let now = tokio::time::Instant::now().into_std();
+        let Some(mut place) = side.admission.enter(caller.remote.ip(), now) else {
+            self.refused(caller.remote);
+            return Ok(());
+        };
+        let stream = tokio::select! {
+            stream = hello.into_stream(Arc::clone(&side.tls)) => stream?,
+            () = place.pushed_out() => return Err(io::ErrorKind::ConnectionAborted.into()),
+        };
+        let binding = ChannelBinding::of(stream.get_ref().1).map_err(io::Error::other)?;
+        let caller = Caller { binding: Some(binding), ..caller };
+        self.hand_over(&side.sender, Io::Tls(Box::new(stream)), caller, place).await
+    }
+
+    async fn hand_over(
+        &self,
+        to: &mpsc::Sender<Connection>,
+        io: Io,
+        caller: Caller,
+        mut place: Place,
+    ) -> io::Result<()> {
+        if !place.established() {
+            self.refused(caller.remote);
+            return Ok(());
+        }
         self.metrics.accepted.inc();
         let open = Open { _place: place, gauge: self.metrics.open.clone() };
         open.gauge.inc();
-        let info = PeerInfo { remote, local, identity };
         // The server may have stopped meanwhile; then nobody wants this connection.
-        let _unwanted = self.sender.send(Connection { io, info, _open: open }).await.is_err();
+        let _unwanted = to.send(Connection { io, info: caller, _open: open }).await.is_err();
         Ok(())
     }
+}
+
+fn wants_to_join(hello: &ClientHello<'_>) -> bool {
+    hello.alpn().is_some_and(|mut protocols| protocols.any(|protocol| protocol == ALPN_JOIN))
 }
 
 /// The owner of the certificate, which the verifier has accepted.
@@ -355,17 +452,6 @@ fn tune(stream: &TcpStream) -> io::Result<()> {
     let timeout = u32::try_from(USER_TIMEOUT.as_millis()).unwrap_or(u32::MAX);
     setsockopt(stream, sockopt::TcpUserTimeout, &timeout)?;
     Ok(())
-}
-
-/// Who is at the other end; tonic puts it into each request's extensions.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PeerInfo {
-    /// The caller's address.
-    pub remote: SocketAddr,
-    /// The address it called.
-    pub local: SocketAddr,
-    /// The owner of its certificate; `None` without TLS.
-    pub identity: Option<Identity>,
 }
 
 #[derive(Debug)]
@@ -392,21 +478,21 @@ impl Drop for Open {
 #[derive(Debug)]
 pub struct Connection {
     io: Io,
-    info: PeerInfo,
+    info: Caller,
     _open: Open,
 }
 
 impl Connection {
     /// Who is at the other end.
-    pub const fn info(&self) -> &PeerInfo {
+    pub const fn info(&self) -> &Caller {
         &self.info
     }
 }
 
 impl Connected for Connection {
-    type ConnectInfo = PeerInfo;
+    type ConnectInfo = Caller;
 
-    fn connect_info(&self) -> PeerInfo {
+    fn connect_info(&self) -> Caller {
         self.info.clone()
     }
 }

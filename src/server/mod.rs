@@ -17,16 +17,24 @@
 
 pub mod listen;
 
+mod admit;
 mod backup;
 mod collect;
 mod data_dir;
+mod dial;
+mod dispatch;
+mod doorway;
+mod enter;
 mod follow;
 mod health;
+mod leases;
 mod membership;
 mod parts;
 mod run;
+mod settle;
 mod supervise;
 mod wal_tools;
 
+pub use dial::Network;
 pub use run::{RunError, run};
-pub use wal_tools::{dump, verify};
+pub use wal_tools::{dump, recorded_flags, verify};

@@ -1,4 +1,4 @@
-//! `wal verify` and `wal dump`: look into a node's log without touching it.
+//! `wal verify`, `wal dump` and what `check` reads: look into a node's log without touching it.
 //!
 //! The log holds requests, not what came of them. To name the revision each write got, the dump applies them again, to
 //! a store of its own in a temporary directory: from the beginning if the log still has it, else from a copy of the
@@ -153,6 +153,27 @@ pub fn dump(directory: &Path, json: bool, out: &mut dyn Write) -> Result<(), Too
         }
     }
     Ok(())
+}
+
+/// The critical flags that a stopped node has on disk, if it has any (`critical::ClusterFlags::decode`). Reads a copy.
+pub fn recorded_flags(directory: &Path) -> Result<Option<bytes::Bytes>, ToolError> {
+    let env = host::env();
+    let mut replay = Replay::prepare(&env, directory, false)?;
+    let entries = inspect::entries(&*env.disk, &log_of(directory))?;
+    let committed = entries.state().committed;
+    let alone = replay.voters.len() == 1;
+    for entry in entries {
+        let entry = entry?;
+        if !alone && committed.is_none_or(|committed| committed.index < entry.id.index) {
+            break;
+        }
+        let content =
+            content(&entry.payload).map_err(|what| ToolError::Entry { id: entry.id, what })?;
+        if let Content::Command(encoded) = &content {
+            replay.apply(entry.id, encoded)?;
+        }
+    }
+    Ok(apply::flags(&replay.store.read()?)?)
 }
 
 fn print(

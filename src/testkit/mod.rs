@@ -6,6 +6,7 @@
 mod chance;
 mod clock;
 pub mod disk;
+pub mod network;
 
 pub mod rerun;
 
@@ -17,6 +18,7 @@ use crate::env::Env;
 pub use chance::{Random, SeededEntropy};
 pub use clock::ManualClock;
 pub use disk::FaultDisk;
+pub use network::Network;
 
 /// A world made of this disk, this clock, and chance from this seed.
 pub fn env(disk: &FaultDisk, clock: &ManualClock, seed: u64) -> Env {

@@ -181,6 +181,11 @@ impl Batcher {
         self.pending.is_none()
     }
 
+    /// Bytes that no started write covers.
+    pub fn waiting_bytes(&self) -> u64 {
+        self.pending.as_ref().map_or(0, |pending| pending.bytes)
+    }
+
     /// Since when the running barrier, segment switch included, keeps everybody waiting.
     pub fn stalled_since(&self) -> Option<Instant> {
         self.in_flight.map(|in_flight| in_flight.since)

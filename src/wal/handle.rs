@@ -18,7 +18,7 @@ use std::mem;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select};
 use tokio::sync::{Notify, oneshot};
@@ -74,6 +74,7 @@ impl Wal {
         let recovery = found.recovery.clone();
         let policy = Policy { linger: options.linger, bytes_max: options.batch_bytes_max };
         let mut state = State {
+            durable: found.state,
             view: View::new(found.state),
             runs: found.runs,
             segments: found.segments,
@@ -184,6 +185,11 @@ impl Wal {
         self.shared.lock().view.state()
     }
 
+    /// The same as of the last barrier that returned: what a power cut now would leave.
+    pub fn durable(&self) -> HardState {
+        self.shared.lock().durable
+    }
+
     /// First index that stands in the newest `count` segments: what lies before may be purged without cutting off
     /// followers that lag by less. `None` while there are not more segments than that.
     pub fn first_index_in_newest(&self, count: usize) -> Option<LogIndex> {
@@ -208,6 +214,17 @@ impl Wal {
     /// Bytes of frames and segment headers written since the log was opened: [`Stats::bytes_written`] alone.
     pub fn bytes_written(&self) -> u64 {
         self.shared.counters.bytes_written.load(Ordering::Relaxed)
+    }
+
+    /// How long the running barrier has kept everybody waiting: [`Stats::stalled_for`] alone.
+    pub fn stalled_for(&self) -> Option<Duration> {
+        let now = self.shared.env.clock.now();
+        self.shared.lock().batcher.stalled_since().map(|since| now.duration_since(since))
+    }
+
+    /// Bytes that wait in memory for the running barrier.
+    pub fn waiting_bytes(&self) -> u64 {
+        self.shared.lock().batcher.waiting_bytes()
     }
 
     /// What the log has done to the card so far.
@@ -240,6 +257,8 @@ impl fmt::Debug for Shared {
 }
 
 pub(super) struct State {
+    /// What a power cut now would leave.
+    durable: HardState,
     pub(super) view: View,
     pub(super) runs: Runs,
     pub(super) segments: BTreeMap<SegmentNo, Segment>,
@@ -403,6 +422,7 @@ impl Shared {
         frame.clear();
         let mut state = self.lock();
         let durable = state.batcher.finished();
+        state.durable = hard;
         state.runs.apply(&effects, at, &hard);
         let segment = appender.segment();
         if state.segments.insert(segment.number, segment.clone()).is_none() {

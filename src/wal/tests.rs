@@ -388,3 +388,21 @@ async fn writer_runs_on_threads_of_its_own() {
     assert_eq!(entries.len(), 60);
     assert!(env.disk.list(&path).unwrap().len() < 10);
 }
+
+#[tokio::test]
+async fn durable_state_follows_the_barrier_and_not_the_append() {
+    let bench = bench().await;
+    bench.wal.append(vec![entry(1, 10)], Urgency::Lease, |_| ()).unwrap();
+    settle().await;
+    assert_eq!(bench.wal.hard_state().last, Some(id(1)));
+    assert_eq!(bench.wal.durable().last, None, "still waiting for company");
+
+    let vote = Vote { term: Term::new(2), node: NodeId::new(1), committed: false };
+    let durable = Arc::new(Mutex::new(None));
+    let (wal, seen) = (bench.wal.clone(), Arc::clone(&durable));
+    let look = move |_| *seen.lock().unwrap() = Some(wal.durable());
+    bench.wal.append(vec![Record::Vote(vote)], Urgency::Urgent, look).unwrap();
+    settle().await;
+    let seen = durable.lock().unwrap().unwrap();
+    assert_eq!((seen.last, seen.vote), (Some(id(1)), Some(vote)), "known before anybody is told");
+}

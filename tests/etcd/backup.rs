@@ -87,6 +87,7 @@ fn save(path: &Path) {
         peer_urls: vec!["https://10.0.0.1:2380".into()],
         client_urls: vec!["https://10.0.0.1:2379".into()],
         learner: false,
+        replaces: None,
     };
     let history = History::new();
     let file = EtcdFile {

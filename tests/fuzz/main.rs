@@ -55,7 +55,8 @@ macro_rules! targets {
 }
 
 targets!(
-    bolt, command, config, flags, identity, pki, requests, snapshot, wal, wal_frame, wal_tools
+    bolt, command, config, flags, identity, join, pki, requests, snapshot, token, wal, wal_frame,
+    wal_tools
 );
 
 fn fuzz(name: &str) {

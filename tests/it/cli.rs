@@ -7,10 +7,17 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
 
+use expect_test::expect;
+use k3s_server::admin::check::{Compared, NotAsked, Verdict};
+use k3s_server::admin::client::Connection;
+use k3s_server::admin::{self, Action};
 use k3s_server::cli::{self, Exit, Failure, Format, Programs, WalArguments, World, arguments};
 use k3s_server::config::keys::KEYS;
-use k3s_server::config::{Host, Loaded, Paths};
+use k3s_server::config::{Config, Host, Loaded, Paths};
+use k3s_server::critical::{CriticalFlags, FlagsError};
+use k3s_server::join::{Plan, start_plan};
 use tempfile::TempDir;
 
 use crate::config::golden;
@@ -21,12 +28,32 @@ struct Recorder {
     started: RefCell<Vec<Loaded>>,
     inspected: RefCell<Vec<WalArguments>>,
     answer: Option<fn() -> Failure>,
+    asked: RefCell<Vec<(Connection, Action, admin::Format)>>,
+    verdict: Option<fn(&Config) -> Verdict>,
 }
 
 impl Programs for Recorder {
     fn server(&self, loaded: Loaded) -> Result<(), Failure> {
         self.started.borrow_mut().push(loaded);
         self.answer.map_or(Ok(()), |failure| Err(failure()))
+    }
+
+    fn check(&self, config: &Config, _server_named: bool) -> Verdict {
+        self.verdict.unwrap_or(|config| Verdict {
+            plan: start_plan(None, config),
+            flags: Compared::Nothing("nobody was asked"),
+        })(config)
+    }
+
+    fn admin(
+        &self,
+        connection: &Connection,
+        action: &Action,
+        format: admin::Format,
+        out: &mut dyn Write,
+    ) -> Result<(), Failure> {
+        self.asked.borrow_mut().push((connection.clone(), action.clone(), format));
+        Ok(writeln!(out, "asked")?)
     }
 
     fn wal_verify(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure> {
@@ -97,6 +124,12 @@ fn help_texts_are_as_printed() {
         (&["check", "--help"], "help-check.txt"),
         (&["config", "show", "--help"], "help-config-show.txt"),
         (&["wal", "dump", "--help"], "help-wal-dump.txt"),
+        (&["flags", "--help"], "help-flags.txt"),
+        (&["flags", "show", "--help"], "help-flags-show.txt"),
+        (&["flags", "set", "--help"], "help-flags-set.txt"),
+        (&["member", "--help"], "help-member.txt"),
+        (&["member", "remove", "--help"], "help-member-remove.txt"),
+        (&["token", "--help"], "help-token.txt"),
     ] {
         let outcome = place.run(line);
         assert_eq!((outcome.exit, outcome.err.as_str()), (Exit::Done, ""), "{line:?}");
@@ -139,6 +172,10 @@ fn wrong_usage_is_64_and_wrong_configuration_is_78() {
         &["wal", "dump"],
         &["completion", "tcsh"],
         &["check", "-o", "xml"],
+        &["flags"],
+        &["flags", "set", "disable"],
+        &["member", "remove"],
+        &["member", "list", "-o", "yaml"],
     ] {
         let outcome = Place::new("").run(line);
         assert_eq!(outcome.exit, Exit::Usage, "{line:?}");
@@ -220,6 +257,160 @@ fn check_reports_and_starts_nothing() {
     }
     let all = format!("{}\n{}\n{}\n{}", text.out, json.out, bad_text.out, bad_json.out);
     golden("check.txt").assert_eq(&all);
+}
+
+/// The width of a column depends on the length of the test's own directory.
+fn narrow(text: &str) -> String {
+    let line = |line: &str| {
+        let indent = &line[..line.len() - line.trim_start().len()];
+        format!("{indent}{}\n", line.split_whitespace().collect::<Vec<_>>().join(" "))
+    };
+    text.lines().map(line).collect()
+}
+
+/// The verdict of a cluster in which somebody disabled traefik and chose another domain.
+fn differs(config: &Config) -> Verdict {
+    let cluster = || {
+        let place = Place::new("disable: traefik\ncluster-domain: k8s.local\n");
+        let exit = place.run(&["server"]).exit;
+        assert_eq!(exit, Exit::Done);
+        let started = place.programs.started.borrow();
+        let founder = CriticalFlags::of(&started[0].config);
+        founder.found(UNIX_EPOCH + Duration::from_secs(1_785_931_200), "pi-1").0
+    };
+    let result = CriticalFlags::of(config).matches(&cluster()).map(|_matched| ());
+    let source = "the server that runs here (pi-2)".to_owned();
+    Verdict {
+        plan: Ok(Plan::Continue { ignored: Vec::new() }),
+        flags: Compared::With { source, result: result.map_err(FlagsError::Differ) },
+    }
+}
+
+#[test]
+fn check_shows_every_flag_that_differs_and_the_lines_to_write() {
+    let mut place = Place::new("debug: true\ndisable: [servicelb]\n");
+    place.programs.verdict = Some(differs);
+    let text = place.run(&["check"]);
+    let json = place.run(&["check", "-o", "json"]);
+
+    assert_eq!([text.exit, json.exit], [Exit::Configuration; 2]);
+    golden("check-differs.txt").assert_eq(&format!("{}\n{}", narrow(&text.out), json.out));
+    let fixed = Place::new("debug: true\ndisable: [traefik]\ncluster-domain: k8s.local\n");
+    let fixed =
+        Place { programs: Recorder { verdict: Some(differs), ..Recorder::default() }, ..fixed };
+    let text = fixed.run(&["check"]);
+    assert_eq!((text.exit, text.err.as_str()), (Exit::Done, ""));
+    assert!(
+        text.out.ends_with("the critical flags are those of the server that runs here (pi-2)\n")
+    );
+}
+
+#[test]
+fn check_that_cannot_ask_is_a_failure_and_not_the_configurations_fault() {
+    let mut place = Place::new("");
+    place.programs.verdict = Some(|config| Verdict {
+        plan: start_plan(None, config),
+        flags: Compared::Unavailable {
+            source: "pi-1".to_owned(),
+            reason: NotAsked::for_now("refused"),
+        },
+    });
+    let outcome = place.run(&["check"]);
+
+    assert_eq!(outcome.exit, Exit::Failed);
+    assert!(outcome.out.ends_with("critical flags not compared: pi-1 cannot be asked: refused\n"));
+}
+
+#[test]
+fn check_tells_what_cannot_start_on_an_empty_disk() {
+    let place = Place::new("cluster-init: true\nserver: https://pi-9:6443\n");
+    let text = place.run(&["check"]);
+    let json = place.run(&["check", "-o", "json"]);
+
+    assert_eq!([text.exit, json.exit], [Exit::Configuration; 2]);
+    assert!(text.out.contains("config.yaml:2:9: server needs token or token-file to join"));
+    assert!(text.out.ends_with("the configuration is not valid: 2 errors\n"), "{}", text.out);
+    assert!(json.out.contains("\"valid\": false") && json.out.contains("contradict each other"));
+}
+
+#[test]
+fn commands_to_a_server_know_the_way_from_the_configuration() {
+    let place = Place::new("db-dir: /d\nclient-listen: [0.0.0.0:7379, \"[::]:7379\"]\n");
+    for line in [
+        &["flags", "show"][..],
+        &["flags", "set", "disable", "traefik,-x", "--db-dir=/other"],
+        &["member", "list", "-o", "json"],
+        &["member", "remove", "pi-2", "--endpoint", "https://a:1,b:2", "--endpoint=c:3", "--yes"],
+        &["member", "promote", "c1", "--cert=/c", "--key=/k"],
+        &[
+            "flags",
+            "show",
+            "-o",
+            "yaml",
+            "--endpoint=https://x:1",
+            "--cacert=/a",
+            "--cert=/c",
+            "--key=/k",
+        ],
+    ] {
+        let outcome = place.run(line);
+        assert_eq!(
+            (outcome.exit, outcome.out.as_str()),
+            (Exit::Done, "asked\n"),
+            "{line:?} {}",
+            outcome.err
+        );
+    }
+    let asked = place.programs.asked.borrow();
+    let text: Vec<String> = asked
+        .iter()
+        .map(|(connection, action, format)| {
+            let files = &connection.files;
+            let files = [&files.authority, &files.certificate, &files.key]
+                .map(|path| path.display().to_string());
+            format!(
+                "{action:?} {format:?}\n  {} {}",
+                connection.endpoints.join(" "),
+                files.join(" ")
+            )
+        })
+        .collect();
+    expect![[r#"
+        FlagsShow Table
+          https://127.0.0.1:7379 https://[::1]:7379 /d/tls/ca.crt /d/tls/client.crt /d/tls/client.key
+        FlagsSet { flag: "disable", value: "traefik,-x" } Table
+          https://127.0.0.1:7379 https://[::1]:7379 /other/tls/ca.crt /other/tls/client.crt /other/tls/client.key
+        MemberList Json
+          https://127.0.0.1:7379 https://[::1]:7379 /d/tls/ca.crt /d/tls/client.crt /d/tls/client.key
+        MemberRemove { member: "pi-2", yes: true } Table
+          https://a:1 b:2 c:3 /d/tls/ca.crt /d/tls/client.crt /d/tls/client.key
+        MemberPromote { member: "c1" } Table
+          https://127.0.0.1:7379 https://[::1]:7379 /d/tls/ca.crt /c /k
+        FlagsShow Yaml
+          https://x:1 /a /c /k"#]].assert_eq(&text.join("\n"));
+}
+
+#[test]
+fn a_server_named_with_its_files_needs_no_configuration() {
+    let place = Place::new("cluster-cidr: nonsense\n");
+    let line = ["member", "list", "--endpoint=x:1", "--cacert=/a", "--cert=/c"];
+    assert_eq!(place.run(&line).exit, Exit::Configuration);
+    let all = [&line[..], &["--key=/k"]].concat();
+    assert_eq!(place.run(&all).exit, Exit::Done);
+}
+
+#[test]
+fn token_shows_its_place_and_itself_only_when_asked() {
+    let place = Place::new("");
+    let directory = place.directory.path().to_str().unwrap().to_owned();
+    let db_dir = format!("--db-dir={directory}");
+    let missing = place.run(&["token", "--show", &db_dir]);
+    assert_eq!(missing.exit, Exit::Failed);
+    assert!(missing.err.contains("fix: the first start makes it"), "{}", missing.err);
+
+    fs::write(place.directory.path().join("token"), "K10ab::server:canary\n").unwrap();
+    assert_eq!(place.run(&["token", &db_dir]).out, "token\n");
+    assert_eq!(place.run(&["token", "--show", &db_dir]).out, "K10ab::server:canary\n");
 }
 
 #[test]

@@ -54,7 +54,9 @@ impl Model {
             Command::Compact(request) => self.compact(request.revision),
             Command::LeaseGrant(request) => self.grant(request),
             Command::LeaseRevoke(request) => self.revoke(request.id),
-            Command::LeaseCheckpoint(_) | Command::Alarm(_) => unreachable!("not generated"),
+            Command::LeaseCheckpoint(_) | Command::Alarm(_) | Command::Cluster(_) => {
+                unreachable!("not generated")
+            }
         };
         if !self.changes.is_empty() {
             self.states.push(self.next.clone());

@@ -1,31 +1,59 @@
 //! Counts open connections and decides whether one more may come in.
 //!
-//! Pure bookkeeping: no sockets, no time. Loopback is exempt from the cap per address, because everything on this node comes from
-//! one address: the API server alone opens a hundred connections.
+//! Pure bookkeeping: no sockets, and time is an argument. Who has not proved anything yet is counted apart from who has, so that
+//! strangers compete with strangers only. Loopback is exempt from what counts per address, because everything on this node
+//! comes from one address: the API server alone opens a hundred connections.
+//!
+//! # Invariants
+//!
+//! - An established connection never makes room for another one, and no number of unfinished handshakes takes its place.
+//! - When too many handshakes are open, the oldest ends and the newest may try: whoever is quick gets in, even while
+//!   others do nothing but open connections.
+//! - Memory is bounded by the caps.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
 
 /// Most connections at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Caps {
-    /// In all.
+    /// Established ones, in all.
     pub total: usize,
-    /// From one address, loopback excepted.
+    /// Established ones from one address, loopback excepted.
     pub per_address: usize,
+    /// Still in the handshake, in all.
+    pub handshakes: usize,
     /// Still in the handshake, from one address, loopback excepted: idle connections must not lock others out.
     pub handshakes_per_address: usize,
 }
 
 impl Caps {
     /// For the etcd API: more than any cluster of Pis needs, and well below the descriptor limit.
-    pub const CLIENTS: Self = Self { total: 2_048, per_address: 512, handshakes_per_address: 32 };
+    pub const CLIENTS: Self =
+        Self { total: 2_048, per_address: 512, handshakes: 512, handshakes_per_address: 32 };
     /// For peers: a budget of their own, so clients cannot use it up.
-    pub const PEERS: Self = Self { total: 256, per_address: 64, handshakes_per_address: 16 };
+    pub const PEERS: Self =
+        Self { total: 256, per_address: 64, handshakes: 128, handshakes_per_address: 16 };
+    /// For nodes that have only a token. They need one connection each, for a second.
+    pub const JOINERS: Self =
+        Self { total: 16, per_address: 4, handshakes: 16, handshakes_per_address: 4 };
     /// For metrics and health.
-    pub const OBSERVERS: Self = Self { total: 64, per_address: 16, handshakes_per_address: 16 };
+    pub const OBSERVERS: Self =
+        Self { total: 64, per_address: 16, handshakes: 64, handshakes_per_address: 16 };
 }
+
+/// Handshakes that one address may fail before it has to wait, and how soon it may fail another one. A handshake costs
+/// this node a signature; those that succeed are not counted.
+const FAILURES_MAX: u32 = 64;
+const FAILURE_FORGIVEN: Duration = Duration::from_millis(125);
+
+/// Addresses share this many counters by chance: no caller can make the table grow.
+const BUCKETS: usize = 512;
 
 /// The connections of one port. Clones share the counts.
 #[derive(Clone, Debug)]
@@ -34,16 +62,20 @@ pub struct Admission {
     counts: Arc<Mutex<Counts>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Counts {
-    total: usize,
+    established: usize,
     by_address: HashMap<IpAddr, OfAddress>,
+    /// Open handshakes in the order in which they began, and how to end them.
+    handshakes: BTreeMap<u64, oneshot::Sender<()>>,
+    next_handshake: u64,
+    failures: Failures,
 }
 
 /// One address's share. Absent from the map when it has no connection, so the map is as small as the caps.
 #[derive(Clone, Copy, Debug, Default)]
 struct OfAddress {
-    open: usize,
+    established: usize,
     handshakes: usize,
 }
 
@@ -51,128 +83,301 @@ struct OfAddress {
 #[derive(Debug)]
 #[must_use = "the connection's place is given back when this is dropped"]
 pub struct Place {
-    counts: Arc<Mutex<Counts>>,
+    admission: Admission,
     address: IpAddr,
-    in_handshake: bool,
+    /// The number of the handshake while it goes on.
+    handshake: Option<u64>,
+    pushed_out: Option<oneshot::Receiver<()>>,
 }
 
 impl Admission {
     /// Nobody is connected.
     pub fn new(caps: Caps) -> Self {
-        Self { caps, counts: Arc::default() }
+        let counts = Counts {
+            established: 0,
+            by_address: HashMap::new(),
+            handshakes: BTreeMap::new(),
+            next_handshake: 0,
+            failures: Failures::default(),
+        };
+        Self { caps, counts: Arc::new(Mutex::new(counts)) }
     }
 
-    /// A place for one more connection, if there is one.
-    pub fn enter(&self, address: IpAddr) -> Option<Place> {
+    /// A place for one more connection, which begins with a handshake, if there is one.
+    pub fn enter(&self, address: IpAddr, now: Instant) -> Option<Place> {
         // An IPv4 caller on an IPv6 socket is the same caller.
         let address = address.to_canonical();
-        let mut counts = lock(&self.counts);
-        if self.caps.total <= counts.total {
-            return None;
-        }
+        let mut counts = self.lock();
         let of_address = counts.by_address.get(&address).copied().unwrap_or_default();
-        let full = self.caps.per_address <= of_address.open
-            || self.caps.handshakes_per_address <= of_address.handshakes;
-        if full && !address.is_loopback() {
+        if self.caps.total <= counts.established {
             return None;
         }
-        counts.total += 1;
-        let of_address = counts.by_address.entry(address).or_default();
-        of_address.open += 1;
-        of_address.handshakes += 1;
-        Some(Place { counts: Arc::clone(&self.counts), address, in_handshake: true })
+        if !address.is_loopback()
+            && (self.caps.per_address <= of_address.established
+                || self.caps.handshakes_per_address <= of_address.handshakes
+                || !counts.failures.may_try(address, now))
+        {
+            return None;
+        }
+        if self.caps.handshakes <= counts.handshakes.len()
+            && let Some((_, oldest)) = counts.handshakes.pop_first()
+        {
+            // A task that is not there to hear it has ended anyway.
+            oldest.send(()).ok();
+        }
+        let (sender, pushed_out) = oneshot::channel();
+        let number = counts.next_handshake;
+        counts.next_handshake += 1;
+        counts.handshakes.insert(number, sender);
+        counts.by_address.entry(address).or_default().handshakes += 1;
+        drop(counts);
+        let admission = self.clone();
+        Some(Place { admission, address, handshake: Some(number), pushed_out: Some(pushed_out) })
     }
 
     /// Connections open now, those in the handshake included.
     pub fn open(&self) -> usize {
-        lock(&self.counts).total
+        let counts = self.lock();
+        counts.established + counts.handshakes.len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Place {
-    /// The handshake is over.
-    pub fn established(&mut self) {
-        if std::mem::take(&mut self.in_handshake)
-            && let Some(of_address) = lock(&self.counts).by_address.get_mut(&self.address)
-        {
-            of_address.handshakes -= 1;
+    /// Completes when this handshake has to make room for another one.
+    pub fn pushed_out(&mut self) -> impl Future<Output = ()> + Send + 'static {
+        let pushed_out = self.pushed_out.take();
+        async move {
+            let told = match pushed_out {
+                Some(receiver) => receiver.await.is_ok(),
+                None => false,
+            };
+            if !told {
+                // The handshake has ended before, one way or the other.
+                std::future::pending::<()>().await;
+            }
         }
+    }
+
+    /// The handshake is over and went well. False if everything is full meanwhile.
+    #[must_use]
+    pub fn established(&mut self) -> bool {
+        let Some(number) = self.handshake else { return true };
+        let caps = self.admission.caps;
+        let mut counts = self.admission.lock();
+        let counts = &mut *counts;
+        counts.failures.succeeded(self.address);
+        let of_address = counts.by_address.entry(self.address).or_default();
+        let full = caps.total <= counts.established
+            || (caps.per_address <= of_address.established && !self.address.is_loopback());
+        if full {
+            return false;
+        }
+        self.handshake = None;
+        counts.handshakes.remove(&number);
+        counts.established += 1;
+        of_address.handshakes -= 1;
+        of_address.established += 1;
+        true
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.established();
-        let mut counts = lock(&self.counts);
-        counts.total -= 1;
-        if let Some(of_address) = counts.by_address.get_mut(&self.address) {
-            of_address.open -= 1;
-            if of_address.open == 0 {
-                counts.by_address.remove(&self.address);
+        let mut counts = self.admission.lock();
+        let counts = &mut *counts;
+        let Some(of_address) = counts.by_address.get_mut(&self.address) else { return };
+        match self.handshake {
+            Some(number) => {
+                counts.handshakes.remove(&number);
+                of_address.handshakes -= 1;
             }
+            None => {
+                counts.established -= 1;
+                of_address.established -= 1;
+            }
+        }
+        if of_address.established + of_address.handshakes == 0 {
+            counts.by_address.remove(&self.address);
         }
     }
 }
 
-fn lock(counts: &Mutex<Counts>) -> MutexGuard<'_, Counts> {
-    counts.lock().unwrap_or_else(PoisonError::into_inner)
+/// How many handshakes addresses have begun and not finished well, lately: a leaky bucket for each.
+#[derive(Debug)]
+struct Failures {
+    hasher: RandomState,
+    buckets: Vec<Bucket>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Bucket {
+    failures: u32,
+    counted_at: Option<Instant>,
+}
+
+impl Default for Failures {
+    fn default() -> Self {
+        Self { hasher: RandomState::new(), buckets: vec![Bucket::default(); BUCKETS] }
+    }
+}
+
+impl Failures {
+    /// Counts the attempt as failed until [`Failures::succeeded`].
+    fn may_try(&mut self, address: IpAddr, now: Instant) -> bool {
+        let Some(bucket) = self.bucket(address) else { return true };
+        if let Some(counted_at) = bucket.counted_at {
+            let passed = now.saturating_duration_since(counted_at).as_millis();
+            let forgiven = passed / FAILURE_FORGIVEN.as_millis();
+            bucket.failures =
+                bucket.failures.saturating_sub(forgiven.try_into().unwrap_or(u32::MAX));
+            if 0 < forgiven {
+                bucket.counted_at = Some(now);
+            }
+        } else {
+            bucket.counted_at = Some(now);
+        }
+        if FAILURES_MAX <= bucket.failures {
+            return false;
+        }
+        bucket.failures += 1;
+        true
+    }
+
+    fn succeeded(&mut self, address: IpAddr) {
+        if let Some(bucket) = self.bucket(address).filter(|_| !address.is_loopback()) {
+            bucket.failures = bucket.failures.saturating_sub(1);
+        }
+    }
+
+    /// A network of IPv6 counts as one address: everybody in it has as many as they like.
+    fn bucket(&mut self, address: IpAddr) -> Option<&mut Bucket> {
+        let network = match address {
+            IpAddr::V4(address) => u64::from(address.to_bits()),
+            IpAddr::V6(address) => (address.to_bits() >> 64) as u64,
+        };
+        let index = self.hasher.hash_one(network) % (BUCKETS as u64);
+        self.buckets.get_mut(usize::try_from(index).unwrap_or(0))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const CAPS: Caps = Caps { total: 5, per_address: 3, handshakes_per_address: 2 };
+    const CAPS: Caps = Caps { total: 5, per_address: 3, handshakes: 4, handshakes_per_address: 2 };
 
     fn address(text: &str) -> IpAddr {
         text.parse().unwrap()
     }
 
+    fn enter(admission: &Admission, from: &str) -> Option<Place> {
+        admission.enter(address(from), Instant::now())
+    }
+
     fn settled(admission: &Admission, from: &str) -> Option<Place> {
-        let mut place = admission.enter(address(from))?;
-        place.established();
-        Some(place)
+        let mut place = enter(admission, from)?;
+        place.established().then_some(place)
     }
 
     #[test]
     fn one_address_cannot_take_every_place() {
         let admission = Admission::new(CAPS);
         let places: Vec<_> = (0..3).map(|_| settled(&admission, "10.0.0.1").unwrap()).collect();
-        assert!(admission.enter(address("10.0.0.1")).is_none());
-        assert!(admission.enter(address("::ffff:10.0.0.1")).is_none(), "same caller over IPv6");
+        assert!(enter(&admission, "10.0.0.1").is_none());
+        assert!(enter(&admission, "::ffff:10.0.0.1").is_none(), "same caller over IPv6");
         assert!(settled(&admission, "10.0.0.2").is_some());
         drop(places);
         assert!(settled(&admission, "10.0.0.1").is_some());
     }
 
     #[test]
-    fn stalled_handshakes_are_capped_before_connections_are() {
+    fn stalled_handshakes_of_one_address_are_capped_before_its_connections_are() {
         let admission = Admission::new(CAPS);
-        let mut first = admission.enter(address("10.0.0.1")).unwrap();
-        let _second = admission.enter(address("10.0.0.1")).unwrap();
-        assert!(admission.enter(address("10.0.0.1")).is_none());
-        first.established();
-        assert!(admission.enter(address("10.0.0.1")).is_some());
+        let mut first = enter(&admission, "10.0.0.1").unwrap();
+        let _second = enter(&admission, "10.0.0.1").unwrap();
+        assert!(enter(&admission, "10.0.0.1").is_none());
+        assert!(first.established());
+        assert!(enter(&admission, "10.0.0.1").is_some());
+    }
+
+    #[tokio::test]
+    async fn the_oldest_handshake_makes_room_for_the_newest() {
+        let admission = Admission::new(CAPS);
+        let mut places: Vec<_> = (0..4).map(|_| enter(&admission, "127.0.0.1").unwrap()).collect();
+        let newest = enter(&admission, "10.0.0.9").unwrap();
+        places.remove(0).pushed_out().await;
+        let second = places[0].pushed_out();
+        tokio::select! {
+            biased;
+            () = second => panic!("one had to go, not two"),
+            () = tokio::task::yield_now() => {}
+        }
+        drop(newest);
+        assert_eq!(admission.open(), 3);
     }
 
     #[test]
-    fn loopback_is_bound_by_the_total_only() {
+    fn open_handshakes_take_no_place_of_established_connections() {
         let admission = Admission::new(CAPS);
-        let places: Vec<_> =
-            (0..5).map(|_| admission.enter(address("127.0.0.1")).unwrap()).collect();
-        assert!(admission.enter(address("127.0.0.1")).is_none());
-        assert!(admission.enter(address("10.0.0.1")).is_none());
+        let stalled: Vec<_> = (0..9).map(|_| enter(&admission, "127.0.0.1").unwrap()).collect();
+        let members: Vec<_> = (0..5).map(|_| settled(&admission, "127.0.0.1").unwrap()).collect();
+        assert!(enter(&admission, "127.0.0.1").is_none(), "the port is full");
+        drop((stalled, members));
+        assert_eq!(admission.open(), 0);
+    }
+
+    #[test]
+    fn a_handshake_that_ends_when_all_places_are_taken_gets_none() {
+        let admission = Admission::new(CAPS);
+        let mut late = enter(&admission, "127.0.0.1").unwrap();
+        let _members: Vec<_> = (0..5).map(|_| settled(&admission, "127.0.0.1").unwrap()).collect();
+        assert!(!late.established());
+        drop(late);
         assert_eq!(admission.open(), 5);
-        drop(places);
+    }
+
+    #[test]
+    fn an_address_that_keeps_failing_has_to_wait_and_one_that_succeeds_does_not() {
+        let admission = Admission::new(CAPS);
+        let mut now = Instant::now();
+        for _ in 0..FAILURES_MAX {
+            assert!(admission.enter(address("10.0.0.1"), now).is_some());
+        }
+        assert!(admission.enter(address("10.0.0.1"), now).is_none());
+        assert!(admission.enter(address("127.0.0.1"), now).is_some(), "loopback is exempt");
+        now += FAILURE_FORGIVEN;
+        assert!(admission.enter(address("10.0.0.1"), now).is_some());
+        assert!(admission.enter(address("10.0.0.1"), now).is_none());
+
+        let admission = Admission::new(CAPS);
+        for _ in 0..4 * FAILURES_MAX {
+            let mut place = admission.enter(address("10.0.0.1"), now).unwrap();
+            assert!(place.established());
+        }
+    }
+
+    #[test]
+    fn one_ipv6_network_counts_as_one_address() {
+        let admission = Admission::new(CAPS);
+        let now = Instant::now();
+        for host in 0..FAILURES_MAX {
+            let from = address(&format!("2001:db8:1:2::{host:x}"));
+            assert!(admission.enter(from, now).is_some());
+        }
+        assert!(admission.enter(address("2001:db8:1:2:ffff::1"), now).is_none());
     }
 
     #[test]
     fn nothing_is_remembered_of_callers_that_left() {
         let admission = Admission::new(CAPS);
         for last in 0..=255 {
-            drop(admission.enter(IpAddr::from([10, 0, 0, last])).unwrap());
+            drop(enter(&admission, &format!("10.0.0.{last}")).unwrap());
         }
         assert_eq!(admission.open(), 0);
-        assert!(lock(&admission.counts).by_address.is_empty());
+        assert!(admission.lock().by_address.is_empty());
     }
 }

@@ -8,10 +8,12 @@ mod bolt;
 mod config;
 mod flags;
 mod identity;
+mod join;
 mod memory;
 mod pki;
 pub mod requests;
 mod snapshot;
+mod token;
 mod wal;
 mod wal_tools;
 
@@ -67,6 +69,13 @@ pub const ALL: &[Target] = &[
         run: identity::run,
     },
     Target {
+        name: "join",
+        inputs: 2_000,
+        seeds: join::seeds,
+        dictionary: join::DICTIONARY,
+        run: join::run,
+    },
+    Target {
         name: "pki",
         inputs: 3_000,
         seeds: pki::seeds,
@@ -86,6 +95,13 @@ pub const ALL: &[Target] = &[
         seeds: snapshot::seeds,
         dictionary: &[b"head", b"format", b"membership", b"alarm"],
         run: snapshot::run,
+    },
+    Target {
+        name: "token",
+        inputs: 50_000,
+        seeds: token::seeds,
+        dictionary: token::DICTIONARY,
+        run: token::run,
     },
     Target {
         name: "wal",

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -11,6 +11,7 @@ use k3s_server::env::host;
 use k3s_server::mvcc::{DrainOn, Store};
 use k3s_server::proto::etcdserverpb as pb;
 use k3s_server::raft::checkpoint::Policy;
+use k3s_server::raft::transport::NoPeers;
 use k3s_server::raft::{Member, Node, Options, Parts};
 use k3s_server::testkit::wait;
 use k3s_server::types::{ByteCount, ClusterId, NodeId};
@@ -53,6 +54,7 @@ async fn life() -> Files {
         wal,
         store,
         followers: vec![],
+        transport: Arc::new(NoPeers),
     };
     let second = Duration::from_secs(1);
     let checkpoint = Policy { interval: 300 * second, log_bytes: ByteCount::new(1 << 24) };
