@@ -271,7 +271,7 @@ impl Node {
     }
 
     /// Whether this node leads now, in this term if one is given.
-    async fn leads(&self, term: Option<Term>) -> Result<bool, ProposeError> {
+    pub(super) async fn leads(&self, term: Option<Term>) -> Result<bool, ProposeError> {
         let id = self.id();
         let look = self.raft().with_raft_state(move |state| {
             let vote = types::vote(state.vote_ref());

@@ -52,7 +52,7 @@ use super::types::{self, Raft};
 use super::{Member, Node, ReadBarrier, ReadError, wire};
 use crate::mutants::{Mutant, is_planted};
 use crate::proto::node;
-use crate::types::{LogIndex, NodeId, Vote};
+use crate::types::{LogIndex, NodeId, Term, Vote};
 
 /// Longest round. Whoever has not answered by then is asked anew.
 const ROUND: Duration = Duration::from_millis(500);
@@ -257,6 +257,27 @@ impl Node {
         result
     }
 
+    /// Confirms with a majority that this node leads in exactly this term, and that everything acknowledged before this call is
+    /// in the local store. For what the leader of that term alone may promise, as how long a lease still has.
+    ///
+    /// The term is looked at after a majority has confirmed this node's leadership, which may have been in an earlier term;
+    /// then a majority has elected it for this one since the call began.
+    pub async fn leads_in(&self, term: Term, deadline: Instant) -> Result<ReadBarrier, ReadError> {
+        let confirm = async {
+            let index = self.read_index(true).await?;
+            self.wait_applied(index).await.map_err(|_stopped| ReadError::Stopped)?;
+            match self.leads(Some(term)).await {
+                Ok(true) => Ok(ReadBarrier(())),
+                Ok(false) => Err(ReadError::NoLeader),
+                Err(_stopped) => Err(ReadError::Stopped),
+            }
+        };
+        match tokio::time::timeout_at(deadline.into(), confirm).await {
+            Ok(result) => result,
+            Err(_elapsed) => Err(ReadError::TimedOut),
+        }
+    }
+
     async fn read_index(&self, leading_only: bool) -> Result<LogIndex, ReadError> {
         let (answer, index) = oneshot::channel();
         let request = Request { leading_only, answer };
@@ -298,7 +319,6 @@ impl Node {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::Term;
 
     fn vote(term: u64, node: u64, committed: bool) -> Vote {
         Vote { term: Term::new(term), node: NodeId::new(node), committed }
