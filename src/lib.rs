@@ -4,6 +4,7 @@
 
 pub mod events;
 pub mod limits;
+pub mod mutants;
 pub mod proto;
 pub mod types;
 

@@ -72,7 +72,8 @@ impl Api {
         self.status.clone()
     }
 
-    pub(super) fn now(&self) -> Instant {
+    /// Now, by the node's clock.
+    pub fn now(&self) -> Instant {
         self.parts.env.clock.now()
     }
 

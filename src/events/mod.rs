@@ -156,9 +156,17 @@ events! {
     /// Somebody tried to join and was refused.
     JoinRefused = 0xab1c914ed99b003262110c9f51ed4f55, WARN,
         "if this is a server that shall join, give it the line from the file `token` of a member; if it is not, look who has that address";
+    /// This node asks to be let into a cluster.
+    Joining = 0xdd661696eb9bc4b571bd54d6c9dfb9da, INFO;
+    /// The leader made this node a member.
+    Admitted = 0xc870551d1f083b60b6bad92584500b02, INFO;
+    /// The data of a former life was moved away.
+    SetAside = 0xa013f34e85fae21d48d0eb74b273dad3, INFO;
+    /// The token that lets others in was written to its file.
+    TokenKept = 0xd33d7532541888f5613cc1387390ad95, INFO;
     /// This node's promises cannot be trusted; it takes no part in decisions.
     Quarantined = 0xc6b3f8e0194d4907b8833fe7b777ef60, ERROR,
-        "an older image, a copied card or a lying card is behind this; remove this node from the cluster and join it again";
+        "an older image, a copied card or a lying card is behind this; the node comes back by itself under a new id; replace the card if you did not put an old image back";
 }
 
 impl fmt::Display for EventId {

@@ -144,6 +144,11 @@ impl Peer {
         dialing.await
     }
 
+    /// Whether it was removed.
+    pub(super) fn is_forgotten(&self) -> bool {
+        matches!(self.lane(Use::Calls).state, State::Forgotten)
+    }
+
     /// Whether calls need not wait for a connection.
     pub(super) fn is_connected(&self) -> bool {
         matches!(&self.lane(Use::Calls).state, State::Up(link) if !link.has_ended())
@@ -338,9 +343,10 @@ async fn probe(peer: Weak<Peer>, link: Weak<Link>) {
         if link.has_ended() {
             return;
         }
-        match link.greet(&peer.own()).await {
-            Ok(took) => peer.traffic.round_trip(took),
-            Err(miss) => tracing::debug!(node = %peer.node, %miss, "probe failed"),
+        match timeout(PROBE_INTERVAL, link.greet(&peer.own())).await {
+            Ok(Ok(took)) => peer.traffic.round_trip(took),
+            Ok(Err(miss)) => tracing::debug!(node = %peer.node, %miss, "probe failed"),
+            Err(_) => tracing::debug!(node = %peer.node, "probe had no answer in time"),
         }
     }
 }

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::envelope;
@@ -22,6 +24,9 @@ use crate::types::NodeId;
 
 /// Whoever opens a stream says at once which.
 const OPENING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A stream whose caller is gone has this long to end.
+const GONE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A caller, as it is asked about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -153,13 +158,35 @@ impl Service {
         let traffic = self.shared.peer(visitor.node).map(|peer| Arc::clone(&peer.traffic));
         let incoming = Incoming { requests: Some(requests), traffic: traffic.clone() };
         let replies = self.answer.answer_stream(visitor.node, method, Box::pin(incoming));
-        let Some(traffic) = traffic else { return Ok(replies) };
-        Ok(Box::pin(replies.inspect(move |reply| {
-            if let Ok(body) = reply {
+        Ok(Box::pin(apart(replies).inspect(move |reply| {
+            if let (Ok(body), Some(traffic)) = (reply, &traffic) {
                 traffic.sent(body.len());
             }
         })))
     }
+}
+
+/// Runs an answering stream in a task of its own. gRPC drops what it streams when the caller is gone; so the answer has the
+/// time to hear of that in its requests, and to put in order what it had begun.
+fn apart(mut replies: BoxStream<Result<Bytes, Refused>>) -> ReceiverStream<Result<Bytes, Refused>> {
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        loop {
+            let reply = tokio::select! {
+                reply = replies.next() => reply,
+                () = sender.closed() => break,
+            };
+            let Some(reply) = reply else { return };
+            if sender.send(reply).await.is_err() {
+                break;
+            }
+        }
+        let rest = async { while replies.next().await.is_some() {} };
+        if tokio::time::timeout(GONE_TIMEOUT, rest).await.is_err() {
+            tracing::debug!("a stream was dropped whose caller had gone");
+        }
+    });
+    ReceiverStream::new(receiver)
 }
 
 fn unknown(method: u32) -> Refused {
@@ -249,10 +276,8 @@ mod tests {
         ];
         for (standing, refused) in out {
             for method in Method::ALL {
-                let expected = match method {
-                    Method::Hello | Method::Admit => Ok(()),
-                    _ => Err(refused.clone()),
-                };
+                let is_open = [Method::Hello, Method::Admit].contains(method);
+                let expected = if is_open { Ok(()) } else { Err(refused.clone()) };
                 assert_eq!(admit(standing.clone(), *method), expected, "{method:?}");
             }
             assert_eq!(admit_to_all(standing), Err(refused));

@@ -193,8 +193,9 @@ impl Shared {
 impl Collector for Peers {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let peers = lock(&self.0.peers);
+        let present = peers.values().filter(|peer| !peer.is_forgotten());
         let mut nodes: Vec<_> =
-            peers.values().map(|peer| (peer.node, Arc::clone(&peer.traffic))).collect();
+            present.map(|peer| (peer.node, Arc::clone(&peer.traffic))).collect();
         drop(peers);
         nodes.sort_by_key(|(node, _)| *node);
         traffic::write(&mut Page::new(encoder), self.0.node, &nodes)

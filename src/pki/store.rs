@@ -204,6 +204,12 @@ impl Pki {
         &self.0.authority.pem
     }
 
+    /// The authority's key as it is on disk, for a server that has proved that it knows the token; `None` on a node without it.
+    pub fn authority_key_pem(&self) -> Result<Option<Vec<u8>>, PkiError> {
+        let dir = &self.0.dir;
+        files::read(&*dir.env.disk, &dir.authority_key())
+    }
+
     /// The authority's hash as it stands in a join token (`K10<hash>::…`): SHA-256 of the PEM file's bytes, in hexadecimal.
     pub fn authority_hash(&self) -> String {
         let digest = Sha256::digest(self.0.authority.pem.as_bytes());

@@ -104,6 +104,8 @@ pub(super) struct Roster {
     pub(super) settled: bool,
     /// A change is half done.
     pub(super) joint: bool,
+    /// Whose vote ends with its second step.
+    leaving: BTreeSet<NodeId>,
     pub(super) members: Vec<Member>,
     pub(super) last_index: LogIndex,
     log_id: Option<RaftLogId>,
@@ -125,6 +127,13 @@ impl Roster {
             Ok(_) | Err(_) => id.to_string(),
         }
     }
+}
+
+/// Who is in an earlier set of voters and not in the last.
+fn leaving(sets: &[BTreeSet<u64>]) -> BTreeSet<NodeId> {
+    let Some((last, earlier)) = sets.split_last() else { return BTreeSet::new() };
+    let leaving = earlier.iter().flatten().filter(|id| !last.contains(id));
+    leaving.copied().map(NodeId::new).collect()
 }
 
 /// What to propose.
@@ -498,9 +507,13 @@ impl Node {
         outcome(self.raft().change_membership_if(change, false, preconditions).await)
     }
 
-    /// Takes the second step of a change whose first step is committed.
+    /// Takes the second step of a change whose first step is committed, and writes down who leaves with it.
     pub(super) async fn finish_change(&self, roster: &Roster) -> Result<(), ChangeError> {
-        self.propose_members(ChangeMembers::AddVoterIds(BTreeSet::new()), roster).await
+        self.propose_members(ChangeMembers::AddVoterIds(BTreeSet::new()), roster).await?;
+        for id in &roster.leaving {
+            self.retire(*id, "removed from the cluster".to_owned()).await;
+        }
+        Ok(())
     }
 
     /// Writes down that a node has left. If that fails now, the leader's duties do it.
@@ -522,11 +535,13 @@ impl Node {
             }
             let committed = state.cluster_committed().map(types::log_id);
             let membership = state.membership_state.effective();
+            let configs = membership.membership().get_joint_config();
             Some(Roster {
                 vote,
                 settled: committed
                     .is_some_and(|last| (last.term, last.leader) == (vote.term, vote.node)),
-                joint: 1 < membership.membership().get_joint_config().len(),
+                joint: 1 < configs.len(),
+                leaving: leaving(configs),
                 members: types::members(membership.membership()),
                 last_index: LogIndex::new(state.log_ids.last().map_or(0, openraft::LogId::index)),
                 log_id: *membership.log_id(),
@@ -642,6 +657,7 @@ mod tests {
             vote: Vote::default(),
             settled: true,
             joint: false,
+            leaving: BTreeSet::new(),
             members: all.map(|(id, learner)| member(id, learner)).collect(),
             last_index: LogIndex::new(100),
             log_id: None,

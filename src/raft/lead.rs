@@ -73,6 +73,14 @@ fn warn_of_even_voters(status: &Status, warned: &mut Option<usize>) {
 }
 
 impl Node {
+    /// Members that answer now, this one included. The leader asks; on others it is empty.
+    pub async fn alive(&self) -> BTreeSet<NodeId> {
+        let Ok(roster) = self.roster().await else { return BTreeSet::new() };
+        let mut alive: BTreeSet<NodeId> = self.probe(&roster).await.into_keys().collect();
+        alive.insert(self.id());
+        alive
+    }
+
     async fn look_and_act(&self, duties: &mut Duties) {
         let Ok(roster) = self.roster().await else { return };
         if !roster.settled {
@@ -123,7 +131,7 @@ impl Node {
         })
     }
 
-    async fn carry_out(&self, duty: Duty, roster: &Roster) -> Result<(), ChangeError> {
+    pub(super) async fn carry_out(&self, duty: Duty, roster: &Roster) -> Result<(), ChangeError> {
         match duty {
             Duty::FinishChange => self.finish_change(roster).await,
             Duty::HandOver(to) => {

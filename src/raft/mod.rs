@@ -48,6 +48,8 @@ mod types;
 mod wire;
 
 #[cfg(test)]
+mod serving_tests;
+#[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
@@ -62,6 +64,7 @@ pub use change::ChangeError;
 pub use node::{Node, Options, Parts, StartError, StopError};
 pub use quorum::QuorumNumbers;
 pub use stats::{Progress, Stats};
+pub use types::{member_from_wire, wire_member};
 
 /// Why a proposal has no outcome. Only `NoLeader` and `TooManyRequests` say that the command was not applied: they
 /// are answered before it enters the log.

@@ -243,7 +243,8 @@ impl NetSnapshot<TypeConfig> for Peer {
         vote: RaftVote,
         snapshot: Snapshot,
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
-        option: RPCOption,
+        // A transfer takes as long as it takes; `send` notices when nothing moves.
+        _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
         let sent = {
             let Peers { transport, counters, .. } = &self.peers;
@@ -255,8 +256,6 @@ impl NetSnapshot<TypeConfig> for Peer {
             }
             snapshot::SendError::Streaming(error) => error,
         })?;
-        // A transfer takes as long as it takes; `send` notices when nothing moves.
-        drop(option);
         Ok(SnapshotResponse::new(vote))
     }
 }

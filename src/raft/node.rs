@@ -35,9 +35,10 @@ use crate::wal::Wal;
 pub struct Options {
     /// How often the leader says that it is there.
     pub heartbeat: Duration,
-    /// Shortest silence after which a follower stands for election.
+    /// A follower stands for election after a silence of `election_max` and a time by chance between both: openraft gives a
+    /// leader a lease of `election_max` first.
     pub election_min: Duration,
-    /// Longest such silence.
+    /// See above. So a leader that died is replaced within twice this, and the time a vote takes.
     pub election_max: Duration,
     /// When the store is made durable.
     pub checkpoint: checkpoint::Policy,

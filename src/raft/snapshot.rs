@@ -50,7 +50,7 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub enum SnapshotData {
     /// The store at some moment: what a sender reads from.
-    Moment(ReadTxn),
+    Moment(Box<ReadTxn>),
     /// A file that came from another node, whole and durable, not yet in use.
     Received(Received),
 }
@@ -318,8 +318,9 @@ async fn next(requests: &mut Requests) -> Result<Bytes, Refused> {
 
 fn not_stored(error: &StoreError) -> Refused {
     tracing::warn!(%error, "a snapshot was not received");
-    match error {
-        StoreError::Stream(what) => Refused::Malformed(what.clone()),
-        other => Refused::NotReady(other.to_string()),
+    if let StoreError::Stream(what) = error {
+        Refused::Malformed(what.clone())
+    } else {
+        Refused::NotReady(error.to_string())
     }
 }

@@ -33,6 +33,8 @@ use crate::wal::Wal;
 
 /// Entries per store transaction: enough to share its cost, few enough that replies are not held back.
 const BATCH_ENTRIES_MAX: usize = 512;
+/// And bytes: what a transaction holds in memory.
+const BATCH_BYTES_MAX: usize = 2 << 20;
 
 /// What the checkpointer wants to know of a batch.
 #[derive(Clone, Copy, Debug)]
@@ -151,6 +153,13 @@ impl Done {
     }
 }
 
+fn bytes_of(entry: &Entry) -> usize {
+    match &entry.payload {
+        Payload::Normal(command) => command.bytes().len(),
+        Payload::Blank | Payload::Membership(_) => 0,
+    }
+}
+
 /// Reads the membership that the store remembers.
 pub(super) fn stored_membership(view: &ReadTxn) -> io::Result<StoredMembership> {
     let Some(bytes) = view.membership().map_err(io::Error::other)? else {
@@ -171,7 +180,7 @@ fn snapshot_of(view: ReadTxn) -> io::Result<Snapshot> {
         last_log_id: view.applied().map(types::raft_log_id),
         last_membership: stored_membership(&view)?,
     };
-    Ok(Snapshot { meta, snapshot: SnapshotData::Moment(view) })
+    Ok(Snapshot { meta, snapshot: SnapshotData::Moment(Box::new(view)) })
 }
 
 impl RaftStateMachine<TypeConfig> for StateMachine {
@@ -187,11 +196,14 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     where
         S: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
     {
-        let mut batch = Vec::new();
+        let (mut batch, mut bytes) = (Vec::new(), 0);
         while let Some(item) = entries.next().await {
-            batch.push(item?);
-            if BATCH_ENTRIES_MAX <= batch.len() {
+            let (entry, responder) = item?;
+            bytes += bytes_of(&entry);
+            batch.push((entry, responder));
+            if BATCH_ENTRIES_MAX <= batch.len() || BATCH_BYTES_MAX <= bytes {
                 self.apply_batch(std::mem::take(&mut batch)).map_err(io::Error::other)?;
+                bytes = 0;
             }
         }
         self.apply_batch(batch).map_err(io::Error::other)
@@ -213,7 +225,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let received = match snapshot {
             SnapshotData::Received(received) => received,
             SnapshotData::Moment(view) => {
-                snapshot::copy(view, &self.store).await.map_err(io::Error::other)?
+                snapshot::copy(*view, &self.store).await.map_err(io::Error::other)?
             }
         };
         // Entries that the snapshot contradicts were cut off the log before this call. That must survive if the new

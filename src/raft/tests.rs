@@ -1,5 +1,6 @@
 //! The node on a real disk: openraft's own conformance suite on our log and store, and the life of one voter.
 
+mod cluster;
 mod wire;
 
 use std::path::Path;
@@ -33,8 +34,8 @@ const NODE: NodeId = NodeId::new(0x11);
 
 pub(super) const OPTIONS: Options = Options {
     heartbeat: Duration::from_millis(500),
-    election_min: Duration::from_secs(2),
-    election_max: Duration::from_secs(4),
+    election_min: Duration::from_secs(1),
+    election_max: Duration::from_millis(1500),
     checkpoint: Policy {
         interval: limits::CHECKPOINT_INTERVAL,
         log_bytes: ByteCount::new(limits::CHECKPOINT_LOG_BYTES),

@@ -166,7 +166,8 @@ pub(super) fn leadership(term: Term, leader: NodeId) -> CommittedLeaderIdOf<Type
     CommittedLeaderIdOf::<TypeConfig>::new(term.get(), leader.get())
 }
 
-pub(super) fn wire_member(member: &Member) -> wire::Member {
+/// A member as it is sent and kept.
+pub fn wire_member(member: &Member) -> wire::Member {
     wire::Member {
         id: member.id.get(),
         name: member.name.clone(),
@@ -177,7 +178,7 @@ pub(super) fn wire_member(member: &Member) -> wire::Member {
 }
 
 /// A member on its way: whether it votes is not its own to say.
-pub(super) fn member_from_wire(member: wire::Member) -> Member {
+pub fn member_from_wire(member: wire::Member) -> Member {
     Member {
         id: NodeId::new(member.id),
         name: member.name,

@@ -145,28 +145,58 @@ pub fn wal_dir(path: &Path) -> PathBuf {
     path.join("wal")
 }
 
-impl DataDir {
-    /// Opens the directory, or makes it. Repeating it after a crash at any point finishes the job.
+/// A data directory that is ours and is not open yet.
+pub struct Locked {
+    /// Where it is.
+    pub path: PathBuf,
+    lock: Lock,
+}
+
+impl Locked {
+    /// Makes the directory if need be, and keeps other processes off it.
+    pub fn take(env: &Env, path: &Path) -> Result<Self, DataDirError> {
+        Ok(Self { path: path.to_owned(), lock: lock(env, path)? })
+    }
+
+    /// Who this node is; `None` in a new directory.
+    pub fn identity(&self, env: &Env) -> Result<Option<Identity>, DataDirError> {
+        let path = &self.path;
+        if let Some(identity) = Identity::load(env, path)? {
+            return Ok(Some(identity));
+        }
+        for found in [STATE_FILE, "wal"] {
+            let exists = env.disk.exists(&path.join(found));
+            if exists.map_err(|source| directory_error(path, source))? {
+                return Err(DataDirError::Orphan { path: path.display().to_string(), found });
+            }
+        }
+        Ok(None)
+    }
+
+    /// Opens log and state, or makes them. Repeating it after a crash at any point finishes the job.
     pub async fn open(
+        self,
         env: &Env,
-        path: &Path,
+        identity: Identity,
         linger: std::time::Duration,
-    ) -> Result<Self, DataDirError> {
-        let lock = lock(env, path)?;
-        let (identity, created) = identity(env, path).await?;
+    ) -> Result<DataDir, DataDirError> {
+        let Self { path, lock } = self;
+        let created = !env
+            .disk
+            .exists(&path.join(STATE_FILE))
+            .map_err(|source| directory_error(&path, source))?;
         // Before the store: a card that is full gets the ballast back, so that replaying the log has room.
         let space = SpaceGuard::open(env, &path.join("ballast"), Sizes::default())
-            .map_err(|source| directory_error(path, source))?;
+            .map_err(|source| directory_error(&path, source))?;
         let options =
             mvcc::Options { cache_bytes: limits::STATE_CACHE_BYTES, drain: DrainOn::Thread };
         let store = Store::open(env, &path.join(STATE_FILE), &options)?;
-        parts::check(env, path, &store, identity)?;
+        parts::check(env, &path, &store, identity)?;
         let owner = wal::Identity { cluster: identity.cluster, node: identity.node };
         let options = wal::Options { linger, ..wal::Options::default() };
-        let (wal, recovery, writer) = Wal::open(env, &wal_dir(path), owner, options).await?;
-        writer.spawn_thread().map_err(|source| directory_error(path, source))?;
-        let path = path.to_owned();
-        Ok(Self { path, identity, created, space, store, wal, recovery, lock })
+        let (wal, recovery, writer) = Wal::open(env, &wal_dir(&path), owner, options).await?;
+        writer.spawn_thread().map_err(|source| directory_error(&path, source))?;
+        Ok(DataDir { path, identity, created, space, store, wal, recovery, lock })
     }
 }
 
@@ -187,20 +217,4 @@ fn lock(env: &Env, path: &Path) -> Result<Lock, DataDirError> {
             directory_error(path, source)
         }
     })
-}
-
-/// Who this node is; a new one if the directory is new. The second value says which.
-async fn identity(env: &Env, path: &Path) -> Result<(Identity, bool), DataDirError> {
-    if let Some(identity) = Identity::load(env, path)? {
-        return Ok((identity, false));
-    }
-    for found in [STATE_FILE, "wal"] {
-        let exists = env.disk.exists(&path.join(found));
-        if exists.map_err(|source| directory_error(path, source))? {
-            return Err(DataDirError::Orphan { path: path.display().to_string(), found });
-        }
-    }
-    let identity = Identity::random(env);
-    identity.store(env, path).await?;
-    Ok((identity, true))
 }

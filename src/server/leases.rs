@@ -99,7 +99,9 @@ pub(super) async fn answer(api: &Api, request: Bytes) -> Result<Bytes, Refused> 
     let request = LeaseRequest::decode(request)
         .map_err(|error| Refused::Malformed(error.to_string()))?
         .request
-        .ok_or_else(|| Refused::Malformed("a question about leases without a question".to_owned()))?;
+        .ok_or_else(|| {
+            Refused::Malformed("a question about leases without a question".to_owned())
+        })?;
     let deadline = api.now() + ANSWER_TIMEOUT;
     let answer = match request {
         Request::Renew(id) => api.renew_here(LeaseId::new(id), deadline).await.map(Reply::Renewed),

@@ -17,15 +17,21 @@
 
 pub mod listen;
 
+mod admit;
 mod backup;
 mod collect;
 mod data_dir;
 mod dial;
+mod dispatch;
+mod doorway;
+mod enter;
 mod follow;
 mod health;
+mod leases;
 mod membership;
 mod parts;
 mod run;
+mod settle;
 mod supervise;
 mod wal_tools;
 

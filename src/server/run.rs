@@ -1,7 +1,6 @@
 //! The phases of a server's life, in order.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,35 +9,43 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::collect::NodeMetrics;
-use super::data_dir::{DataDir, DataDirError, Lock};
+use super::data_dir::{DataDirError, Lock};
+use super::dispatch::Taking;
+use super::enter::{self, Entered, enter};
 use super::follow::{LeaseClocks, Watchers};
 use super::health::NodeHealth;
-use super::listen::{Caps, ListenError, Listeners, Security};
+use super::leases::LeasesOfLeader;
+use super::listen::{Caps, ListenError, Listeners};
 use super::membership::NodeMembership;
+use super::settle::Settling;
 use super::{backup, supervise};
 use crate::announce;
 use crate::config::{Config, Loaded, Quota, Severity};
-use crate::critical::CriticalFlags;
+use crate::critical::FlagsError;
 use crate::env::{Env, host};
 use crate::etcd::{self, Api, Leases, ServeError, Settings};
 use crate::events::{EventId, fields};
+use crate::join::token::{EstablishError, FoundingToken, ObtainError};
+use crate::join::{AdoptError, IdentityError, JoinError, Phase, PlanError, flags};
 use crate::limits;
 use crate::metrics::{Metrics, Versions};
 use crate::mvcc::StoreError;
 use crate::observe::grpc;
 use crate::observe::http::{self, Version};
 use crate::observe::logging::{self, Logging, LoggingError};
-use crate::pki::{Names, NamesError, Owner, Pki, PkiError, Port, Role as CertificateRole};
+use crate::pki::{Names, NamesError, PkiError};
 use crate::raft::checkpoint::Policy;
-use crate::raft::transport::NoPeers;
-use crate::raft::{self, Member, Node, Parts, StartError, StopError};
+use crate::raft::reset::ResetError;
+use crate::raft::{self, Node, Parts, StartError, StopError};
 use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
 use crate::types::ByteCount;
 use crate::watch::{Hub, Limits as WatchLimits};
 
-/// K3s' timing for embedded etcd, which tolerates what cards do.
+/// As K3s has it for embedded etcd.
 const HEARTBEAT: Duration = Duration::from_millis(500);
-const ELECTION_MIN: Duration = Duration::from_secs(2);
+/// Shorter than K3s' 5 s, which is there for cards that pause: here no heartbeat waits for a card. A follower trusts a silent leader
+/// for the longest of these, and then waits once more, so a new leader is there within four seconds and a vote's barrier.
+const ELECTION_MIN: Duration = Duration::from_millis(1_250);
 
 /// How long calls under way may take when the server stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -73,6 +80,60 @@ pub enum RunError {
     /// Logging could not be set up.
     #[error(transparent)]
     Logging(#[from] LoggingError),
+    /// What is on disk and what is asked for make no start.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// Another server did not let this one in.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// Credentials could not be kept.
+    #[error(transparent)]
+    Adopt(#[from] AdoptError),
+    /// Who this node is could not be kept.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The token cannot be had.
+    #[error(transparent)]
+    Token(#[from] ObtainError),
+    /// The token is another cluster's.
+    #[error(transparent)]
+    FoundingToken(#[from] FoundingToken),
+    /// The token cannot be kept, or is not the cluster's.
+    #[error(transparent)]
+    EstablishToken(#[from] EstablishError),
+    /// The critical flags are not the cluster's.
+    #[error(transparent)]
+    Flags(#[from] FlagsError),
+    /// They could not be compared.
+    #[error(transparent)]
+    CompareFlags(#[from] flags::EstablishError),
+    /// What this node has could not be read for the others.
+    #[error("hello: {0}")]
+    Hello(String),
+    /// This node was removed.
+    #[error("this server was removed from the cluster: {0}")]
+    Retired(String),
+    /// Its double is alive.
+    #[error("another server runs with this server's identity: {0}")]
+    Duplicate(String),
+    /// Another server has its name.
+    #[error("the node name is taken: {0}")]
+    NameTaken(String),
+    /// The others run another release.
+    #[error("this release does not work with the cluster's: {0}")]
+    Incompatible(String),
+    /// `cluster-reset` could not be done.
+    #[error("cluster-reset: {0}")]
+    Reset(#[source] ResetError),
+    /// `cluster-reset` is done. Ends the process, as in K3s.
+    #[error("this server is the only member of its cluster now")]
+    HasReset(Vec<String>),
+    /// This node has a new id, and begins anew with it.
+    #[error("starting over as a new node")]
+    StartOver,
+    /// Other nodes could not be answered.
+    #[error("port of the other servers: {0}")]
+    Peers(#[from] tonic::transport::Error),
     /// It ran, and a part of it failed.
     #[error("{0}")]
     Failed(String),
@@ -88,30 +149,99 @@ impl RunError {
             Self::DataDir(error) => Some(error.remedy()),
             Self::Pki(error) => Some(error.remedy().to_owned()),
             Self::Listen(error) => Some(error.remedy()),
+            Self::Join(error) => Some(error.remedy().to_owned()),
+            Self::Token(error) => Some(error.remedy()),
+            Self::FoundingToken(error) => Some(error.remedy().to_owned()),
+            Self::EstablishToken(error) => Some(error.remedy()),
+            Self::Flags(error) | Self::CompareFlags(flags::EstablishError::Flags(error)) => {
+                error.remedy().map(str::to_owned)
+            }
+            Self::Retired(_) => Some(
+                "to join again as a new server, move the data directory away, set `server` and `token`, and start".to_owned(),
+            ),
+            Self::Duplicate(_) => Some(
+                "one of the two cards is a copy: switch that one off; to make it a server of its own, move its data directory away, set `server` and `token`, and start".to_owned(),
+            ),
+            Self::NameTaken(_) => Some(
+                "set another `node-name`, or remove the server that has this one (`k3s-server member remove`)".to_owned(),
+            ),
+            Self::Incompatible(_) => {
+                Some("install a release on this server that the others' can work with; upgrade one server at a time".to_owned())
+            }
+            Self::HasReset(left) => Some(reset_guidance(left)),
             Self::Start(_)
             | Self::Store(_)
             | Self::Names(_)
             | Self::Serve(_)
             | Self::Process(_)
             | Self::Logging(_)
+            | Self::Plan(_)
+            | Self::Adopt(_)
+            | Self::Identity(_)
+            | Self::CompareFlags(_)
+            | Self::Hello(_)
+            | Self::Reset(_)
+            | Self::StartOver
+            | Self::Peers(_)
             | Self::Failed(_)
             | Self::Stop(_) => None,
         }
     }
+
+    /// Whether starting again changes nothing before somebody changes something.
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            Self::Flags(error) | Self::CompareFlags(flags::EstablishError::Flags(error)) => {
+                error.is_configuration()
+            }
+            Self::Join(error) => !error.may_pass(),
+            Self::Token(ObtainError::Token { .. })
+            | Self::FoundingToken(_)
+            | Self::EstablishToken(EstablishError::Founding(_) | EstablishError::Differs { .. })
+            | Self::Plan(_)
+            | Self::Retired(_)
+            | Self::Duplicate(_)
+            | Self::NameTaken(_)
+            | Self::Reset(_)
+            | Self::Names(_)
+            | Self::Logging(_)
+            | Self::DataDir(DataDirError::NotADirectory { .. })
+            | Self::Listen(ListenError::PlainExposed { .. })
+            | Self::Start(StartError::Timing(_)) => true,
+            Self::DataDir(_)
+            | Self::Start(_)
+            | Self::Store(_)
+            | Self::Pki(_)
+            | Self::Listen(_)
+            | Self::Serve(_)
+            | Self::Process(_)
+            | Self::Adopt(_)
+            | Self::Identity(_)
+            | Self::Token(_)
+            | Self::EstablishToken(_)
+            | Self::CompareFlags(_)
+            | Self::Hello(_)
+            | Self::Incompatible(_)
+            | Self::HasReset(_)
+            | Self::StartOver
+            | Self::Peers(_)
+            | Self::Failed(_)
+            | Self::Stop(_) => false,
+        }
+    }
 }
 
-impl RunError {
-    /// Whether starting again changes nothing before somebody changes the configuration.
-    pub const fn is_configuration(&self) -> bool {
-        matches!(
-            self,
-            Self::Names(_)
-                | Self::Logging(_)
-                | Self::DataDir(DataDirError::NotADirectory { .. })
-                | Self::Listen(ListenError::PlainExposed { .. })
-                | Self::Start(StartError::Timing(_))
+/// What K3s says after a reset, and who it is about.
+fn reset_guidance(left: &[String]) -> String {
+    let others = if left.is_empty() {
+        String::new()
+    } else {
+        format!(
+            "; on each of the others ({}), move the data directory away and join again",
+            left.join(", ")
         )
-    }
+    };
+    format!("restart without `cluster-reset`{others}")
 }
 
 /// Runs a server until it is told to stop or cannot go on.
@@ -155,12 +285,42 @@ async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
         env!("CARGO_PKG_VERSION"),
         config.db_dir.display()
     );
-    let mut running = start(config, &env, notifier, shutdown).await?;
-    running.background.push(signals);
-    let reason = wait(&mut running).await;
-    notifier.stopping();
-    announce!(EventId::Stopping, "stopping: {reason}");
+    loop {
+        // A node that has to become another one begins anew, in the same process.
+        let lived = live(config, &env, notifier, &shutdown).await;
+        if !matches!(lived, Err(RunError::StartOver)) {
+            signals.abort();
+            return lived;
+        }
+    }
+}
+
+/// One life of a node: from taking the ports to the end.
+async fn live(
+    config: &Config,
+    env: &Env,
+    notifier: Notifier,
+    shutdown: &Shutdown,
+) -> Result<(), RunError> {
+    let starting = start(config, env, notifier, shutdown);
+    let mut running = tokio::select! {
+        started = starting => started?,
+        // A node that waits for others, perhaps for hours, can be told to stop.
+        reason = shutdown.begun() => {
+            announce!(EventId::Stopping, "stopping before this node took part: {reason}");
+            return Ok(());
+        }
+    };
+    let (reason, error) = wait(&mut running).await;
+    let starts_over = matches!(error, Some(RunError::StartOver));
+    if !starts_over {
+        notifier.stopping();
+        announce!(EventId::Stopping, "stopping: {reason}");
+    }
     let stopped = stop(running).await;
+    if let Some(error) = error {
+        return Err(error);
+    }
     match reason {
         StopReason::Failed(what) => {
             announce!(EventId::Failed, "stopped because a part failed: {what}");
@@ -178,30 +338,64 @@ async fn start(
     config: &Config,
     env: &Env,
     notifier: Notifier,
-    shutdown: Shutdown,
+    shutdown: &Shutdown,
 ) -> Result<Running, RunError> {
-    let (readiness, [raft_latch, serving_latch]) =
-        Readiness::new(notifier, ["raft", "client and health ports"]);
-    let ports = open(config, env).await?;
-    let Ports { dir, pki, clients, observers, member } = ports;
-    let addresses = member.client_urls.join(", ");
-    let live = Live::start(config, env, &dir, &member).await?;
-    raft_latch.set();
-
+    let (readiness, [settled, serving_latch]) =
+        Readiness::new(notifier, ["membership", "client and health ports"]);
+    let mut metrics = Metrics::new(versions().0, env.clock.wall());
     let (stop_serving, stopping) = watch::channel(false);
+    let entered = enter(config, env, &metrics, &stopping).await?;
+    let Entered { dir, pki, peers, transport, dispatch, member, contacts, flags, .. } = &entered;
+    enter::announce_client_files(pki);
+    metrics.collect(peers.clone());
+    let live = Live::start(config, env, &entered).await?;
     let settings = settings(config);
-    let metrics = Metrics::new(versions().0, env.clock.wall());
-    let serving = live.serve(env, settings, metrics, clients, observers, &stopping);
+    let api = Api::new(live.parts(env, settings, &entered));
+    dispatch.takes_part(Taking { node: live.node.clone(), api: api.clone() });
+
+    let settling = Settling {
+        node: live.node.clone(),
+        identity: dir.identity,
+        member: member.clone(),
+        contacts: contacts.clone(),
+        transport: Arc::clone(transport),
+        flags: Arc::clone(flags),
+        path: dir.path.clone(),
+        rejoin: enter::Rejoin::of(env, dir),
+    };
+    let own_flags = (**flags).clone();
+    let space = dir.space.space();
+    let addresses = member.client_urls.join(", ");
+    let joins = matches!(dir.identity.phase, Phase::Joining { .. });
+    let peers = peers.clone();
+    let pki = pki.clone();
+    let Entered { dir, clients, observers, mut serving, .. } = entered;
+    live.serve(&mut serving, settings, api, metrics, clients, observers, &stopping);
     serving_latch.set();
 
-    let Live { node, hub, leases, .. } = live;
+    let Live { node, hub, leases } = live;
+    let says = notifier;
+    let filled = node.clone();
+    let stop = stopping.clone();
+    serving.spawn(async move {
+        settling.run().await?;
+        if joins {
+            super::settle::filled(&filled, |progress| says.status(progress)).await;
+        }
+        settled.set();
+        // A service that ends is taken for a failure.
+        stopped(stop).await;
+        Ok(())
+    });
     let mut background = vec![
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
         tokio::spawn(supervise::report_status(node.clone(), notifier)),
         tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
-        tokio::spawn(supervise::keep_space_alarm(node.clone(), dir.space.space())),
+        tokio::spawn(supervise::keep_space_alarm(node.clone(), space)),
         tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
         tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
+        tokio::spawn(supervise::forget_removed(node.clone(), peers)),
+        tokio::spawn(flags::follow(node.clone(), own_flags)),
     ];
     if let Some(watchdog) = Watchdog::from_environment() {
         let pulse = Pulse::new(Arc::clone(&env.clock));
@@ -211,36 +405,8 @@ async fn start(
     let store = dir.store;
     // Ends with the store; what it does is seen in the store and in the alarm.
     drop(dir.space.spawn_thread(store.clone())?);
+    let shutdown = shutdown.clone();
     Ok(Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock })
-}
-
-/// What a server holds before it takes part in anything: its data, its certificates and its ports.
-struct Ports {
-    dir: DataDir,
-    pki: Pki,
-    clients: Listeners,
-    observers: Listeners,
-    member: Member,
-}
-
-async fn open(config: &Config, env: &Env) -> Result<Ports, RunError> {
-    // A port in use is a mistake to report before anything is touched.
-    let addresses = config.metrics_listen.addresses(&config.node_ips);
-    let observers =
-        Listeners::bind(&addresses, Security::PlainReadOnly, "metrics and health").await?;
-    let addresses = config.client_listen.addresses(&config.node_ips);
-    let security =
-        if config.insecure_http { Security::PlainLoopback } else { Security::ClosedUntilTls };
-    let mut clients = Listeners::bind(&addresses, security, "the etcd API").await?;
-
-    let dir = DataDir::open(env, &config.db_dir, config.wal_linger).await?;
-    supervise::announce_opened(&dir);
-    let pki = establish_pki(config, env, &dir).await?;
-    if !config.insecure_http {
-        clients = clients.with_tls(pki.accept(Port::Clients)?);
-    }
-    let member = member(config, &dir, &clients.addresses()?);
-    Ok(Ports { dir, pki, clients, observers, member })
 }
 
 /// A node that takes part, and those who follow its store.
@@ -248,36 +414,30 @@ struct Live {
     node: Node,
     hub: Hub,
     leases: Arc<Leases>,
-    flags: Arc<CriticalFlags>,
 }
 
 impl Live {
-    async fn start(
-        config: &Config,
-        env: &Env,
-        dir: &DataDir,
-        member: &Member,
-    ) -> Result<Self, RunError> {
+    async fn start(config: &Config, env: &Env, entered: &Entered) -> Result<Self, RunError> {
+        let dir = &entered.dir;
         let revision = dir.store.read()?.revision();
         let hub = Hub::new(revision, WatchLimits::default());
         let leases = Arc::new(Leases::new(Arc::clone(&env.clock), &dir.store)?);
-        let node = start_node(config, env, dir, member, &hub, &leases).await?;
-        let flags = Arc::new(CriticalFlags::of(config));
-        Ok(Self { node, hub, leases, flags })
+        let node = start_node(config, env, entered, &hub, &leases).await?;
+        Ok(Self { node, hub, leases })
     }
 
     /// Serves clients and health checks until `stopping`.
+    #[allow(clippy::too_many_arguments, reason = "one of everything that serves")]
     fn serve(
         &self,
-        env: &Env,
+        serving: &mut JoinSet<Result<(), RunError>>,
         settings: Settings,
+        api: Api,
         mut metrics: Metrics,
         clients: Listeners,
         observers: Listeners,
         stopping: &watch::Receiver<bool>,
-    ) -> JoinSet<Result<(), RunError>> {
-        let mut serving = JoinSet::new();
-        let api = Api::new(self.parts(env, settings));
+    ) {
         let incoming = clients.accept(Caps::CLIENTS, metrics.connections.clone());
         let counted = grpc::CountCalls::new(&metrics);
         let stop = stopped(stopping.clone());
@@ -299,45 +459,47 @@ impl Live {
             http::serve(incoming, router, stop).await;
             Ok(())
         });
-        serving
     }
 
-    fn parts(&self, env: &Env, settings: Settings) -> etcd::Parts {
+    fn parts(&self, env: &Env, settings: Settings, entered: &Entered) -> etcd::Parts {
         let node = &self.node;
+        let transport = Arc::clone(&entered.transport);
         etcd::Parts {
             node: node.clone(),
             hub: self.hub.clone(),
             leases: Arc::clone(&self.leases),
             env: env.clone(),
             membership: Arc::new(NodeMembership(node.clone())),
-            leader_leases: None,
+            leader_leases: Some(Arc::new(LeasesOfLeader { node: node.clone(), transport })),
             backup: backup::source(node.clone()),
             defragment: supervise::defragment(node.clone()),
             settings,
-            flags: Arc::clone(&self.flags),
+            flags: Arc::clone(&entered.flags),
         }
     }
 }
 
 /// Completes when the node is to stop serving.
-async fn stopped(mut stopping: watch::Receiver<bool>) {
+pub(super) async fn stopped(mut stopping: watch::Receiver<bool>) {
     // A sender that is gone means the same.
     drop(stopping.wait_for(|stop| *stop).await);
 }
 
-/// Waits until something asks to stop. A service that ends by itself is a failure.
-async fn wait(running: &mut Running) -> StopReason {
+/// Waits until something asks to stop. A service that ends by itself is a failure; the error says more than the reason.
+async fn wait(running: &mut Running) -> (StopReason, Option<RunError>) {
     tokio::select! {
-        reason = running.shutdown.begun() => reason,
+        reason = running.shutdown.begun() => (reason, None),
         ended = running.serving.join_next() => {
-            let what = match ended {
-                Some(Ok(Ok(()))) | None => "a service ended by itself".to_owned(),
-                Some(Ok(Err(error))) => error.to_string(),
-                Some(Err(error)) => error.to_string(),
+            let (what, error) = match ended {
+                Some(Ok(Ok(()))) | None => ("a service ended by itself".to_owned(), None),
+                Some(Ok(Err(error))) => (error.to_string(), Some(error)),
+                Some(Err(error)) => (error.to_string(), None),
             };
             let reason = StopReason::Failed(what);
-            running.shutdown.begin(reason.clone());
-            reason
+            if !matches!(error, Some(RunError::StartOver)) {
+                running.shutdown.begin(reason.clone());
+            }
+            (reason, error)
         }
     }
 }
@@ -388,7 +550,7 @@ fn settings(config: &Config) -> Settings {
     }
 }
 
-fn names(config: &Config) -> Result<Names, RunError> {
+pub(super) fn names(config: &Config) -> Result<Names, RunError> {
     let mut names = Names::loopback();
     names.add(&config.node_name)?;
     for address in config.node_ips.iter().chain(&config.node_external_ips) {
@@ -400,46 +562,14 @@ fn names(config: &Config) -> Result<Names, RunError> {
     Ok(names)
 }
 
-async fn establish_pki(config: &Config, env: &Env, dir: &DataDir) -> Result<Pki, RunError> {
-    let owner = Owner { cluster: dir.identity.cluster, node: dir.identity.node };
-    let (pki, issued) = Pki::establish(env, &dir.path.join("tls"), owner, &names(config)?).await?;
-    for one in issued {
-        supervise::announce_issued(&one);
-    }
-    let client = pki.paths(CertificateRole::Client);
-    tracing::info!(
-        "clients: etcdctl --cacert {} --cert {} --key {}",
-        client.authority.display(),
-        client.certificate.display(),
-        client.key.display()
-    );
-    Ok(pki)
-}
-
-/// This node, as other members and clients shall know it.
-fn member(config: &Config, dir: &DataDir, clients: &[SocketAddr]) -> Member {
-    let scheme = if config.insecure_http { "http" } else { "https" };
-    let urls = |scheme: &str, addresses: &[SocketAddr]| {
-        addresses.iter().map(|address| format!("{scheme}://{address}")).collect()
-    };
-    Member {
-        id: dir.identity.node,
-        name: config.node_name.clone(),
-        peer_urls: urls("https", &config.peer_listen.addresses(&config.node_ips)),
-        client_urls: urls(scheme, clients),
-        learner: false,
-        replaces: None,
-    }
-}
-
 async fn start_node(
     config: &Config,
     env: &Env,
-    dir: &DataDir,
-    member: &Member,
+    entered: &Entered,
     hub: &Hub,
     leases: &Arc<Leases>,
 ) -> Result<Node, RunError> {
+    let Entered { dir, member, .. } = entered;
     let parts = Parts {
         env: env.clone(),
         cluster: dir.identity.cluster,
@@ -450,20 +580,22 @@ async fn start_node(
             Arc::new(Watchers(hub.clone())),
             Arc::new(LeaseClocks { leases: Arc::clone(leases), store: dir.store.clone() }),
         ],
-        transport: Arc::new(NoPeers),
+        transport: Arc::clone(&entered.transport),
     };
     let election_min = config.etcd.election_timeout.unwrap_or(ELECTION_MIN);
     let options = raft::Options {
         heartbeat: config.etcd.heartbeat_interval.unwrap_or(HEARTBEAT),
         election_min,
-        election_max: election_min * 2,
+        election_max: election_min * 8 / 5,
         checkpoint: Policy {
             interval: limits::CHECKPOINT_INTERVAL,
             log_bytes: ByteCount::new(limits::CHECKPOINT_LOG_BYTES),
         },
     };
     let node = Node::start(parts, &options).await?;
-    node.found(member).await?;
+    if dir.identity.phase == Phase::Founding {
+        node.found(member).await?;
+    }
     node.elect_if_alone().await?;
     Ok(node)
 }

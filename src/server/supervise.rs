@@ -1,5 +1,6 @@
 //! The small tasks around a running node: what it says to systemd and the journal, and what stops it.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,11 +15,13 @@ use crate::events::{EventId, fields};
 use crate::limits;
 use crate::mvcc::Fault;
 use crate::mvcc::ballast::Space;
+use crate::peers::Peers;
 use crate::pki::{Issued, Names, Pki};
 use crate::proto::etcdserverpb::alarm_request::AlarmAction;
 use crate::proto::etcdserverpb::{AlarmRequest, AlarmType};
 use crate::raft::{Node, Role, Status};
 use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason};
+use crate::types::NodeId;
 
 /// How often the log is looked at and the pulse is taken.
 const TICK: Duration = Duration::from_secs(1);
@@ -52,6 +55,23 @@ pub(super) fn announce_opened(dir: &DataDir) {
             cut.path.display(),
             cut.offset
         );
+    }
+}
+
+/// Ends the connections of members that leave.
+pub(super) async fn forget_removed(node: Node, peers: Peers) {
+    let mut status = node.watch_status();
+    let mut known = BTreeSet::new();
+    loop {
+        let now: BTreeSet<NodeId> =
+            status.borrow_and_update().members.iter().map(|member| member.id).collect();
+        for gone in known.difference(&now) {
+            peers.forget(*gone);
+        }
+        known = now;
+        if status.changed().await.is_err() {
+            return;
+        }
     }
 }
 

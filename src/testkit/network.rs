@@ -12,21 +12,20 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::Instant;
 
 use super::Random;
 use crate::env::BoxFuture;
 use crate::raft::Member;
-use crate::raft::transport::{
-    Answer, BoxStream, CallError, Method, Refused, StreamMethod, Transport,
-};
+use crate::raft::transport::{Answer, BoxStream, CallError, Method, StreamMethod, Transport};
 use crate::types::NodeId;
 
 /// One direction between two nodes.
@@ -59,12 +58,23 @@ struct Shared {
     changed: watch::Sender<()>,
 }
 
+/// Told of every message that a node sends: from, to, its size.
+type Tap = Arc<dyn Fn(NodeId, NodeId, usize) + Send + Sync>;
+
 struct Wires {
     random: Random,
+    tap: Option<Tap>,
     answers: BTreeMap<NodeId, Arc<dyn Answer>>,
     links: BTreeMap<(NodeId, NodeId), Link>,
     /// What carries messages between two nodes.
-    tasks: Vec<(NodeId, NodeId, AbortHandle)>,
+    carriers: Vec<Carrier>,
+}
+
+struct Carrier {
+    from: NodeId,
+    to: NodeId,
+    task: AbortHandle,
+    broken: Arc<AtomicBool>,
 }
 
 impl fmt::Debug for Network {
@@ -78,9 +88,10 @@ impl Network {
     pub fn new(seed: u64) -> Self {
         let wires = Wires {
             random: Random::new(seed),
+            tap: None,
             answers: BTreeMap::new(),
             links: BTreeMap::new(),
-            tasks: Vec::new(),
+            carriers: Vec::new(),
         };
         Self(Arc::new(Shared { wires: Mutex::new(wires), changed: watch::Sender::new(()) }))
     }
@@ -105,10 +116,10 @@ impl Network {
 
     /// Breaks what is under way between these nodes, as a reset of the connection does.
     pub fn break_connections(&self, between: impl Fn(NodeId, NodeId) -> bool) {
-        let broken: Vec<_> =
-            self.lock().tasks.extract_if(.., |(from, to, _)| between(*from, *to)).collect();
-        for (_, _, task) in broken {
-            task.abort();
+        let mut wires = self.lock();
+        for carrier in wires.carriers.extract_if(.., |carrier| between(carrier.from, carrier.to)) {
+            carrier.broken.store(true, Relaxed);
+            carrier.task.abort();
         }
     }
 
@@ -134,6 +145,18 @@ impl Network {
         self.cut(other, one);
     }
 
+    /// From now on, `tap` is told of every message that a node sends: from, to, its size.
+    pub fn tap(&self, tap: impl Fn(NodeId, NodeId, usize) + Send + Sync + 'static) {
+        self.lock().tap = Some(Arc::new(tap));
+    }
+
+    fn note(&self, from: NodeId, to: NodeId, bytes: usize) {
+        let tap = self.lock().tap.clone();
+        if let Some(tap) = tap {
+            tap(from, to, bytes);
+        }
+    }
+
     /// All links are as they were at the beginning.
     pub fn heal(&self) {
         self.lock().links.clear();
@@ -150,12 +173,13 @@ impl Network {
         from: NodeId,
         to: NodeId,
         task: impl Future<Output = T> + Send + 'static,
-    ) -> OwnTask<T> {
-        let task = tokio::spawn(task);
+    ) -> (OwnTask<T>, Arc<AtomicBool>) {
+        let (task, broken) = (tokio::spawn(task), Arc::new(AtomicBool::new(false)));
         let mut wires = self.lock();
-        wires.tasks.retain(|(_, _, task)| !task.is_finished());
-        wires.tasks.push((from, to, task.abort_handle()));
-        OwnTask(task)
+        wires.carriers.retain(|carrier| !carrier.task.is_finished());
+        let handle = task.abort_handle();
+        wires.carriers.push(Carrier { from, to, task: handle, broken: Arc::clone(&broken) });
+        (OwnTask(task), broken)
     }
 
     /// Carries one message of a call. False if it is lost.
@@ -229,6 +253,7 @@ impl Transport for Way {
         Box::pin(async move {
             let carrier = network.clone();
             let call = async move {
+                network.note(from, to, request.len());
                 if !network.deliver(from, to).await {
                     return std::future::pending().await;
                 }
@@ -239,7 +264,7 @@ impl Transport for Way {
                 answer.map_err(CallError::Refused)
             };
             // A task: what was asked is done, whether or not the caller waits for the answer.
-            let mut task = carrier.spawn(from, to, tokio::time::timeout(timeout, call));
+            let (mut task, _) = carrier.spawn(from, to, tokio::time::timeout(timeout, call));
             let interrupted = |what: String| Err(CallError::Interrupted(what));
             match (&mut task.0).await {
                 Ok(Ok(answer)) => answer,
@@ -262,7 +287,9 @@ impl Transport for Way {
             let answer = network.answer_of(to)?;
             let there = Pipe { network: network.clone(), from, to };
             let back = Pipe { network: network.clone(), from: to, to: from };
-            let (sent, asked) = there.lay(requests);
+            let tapped = network.clone();
+            let requests = requests.inspect(move |request| tapped.note(from, to, request.len()));
+            let (sent, asked) = there.lay(Box::pin(requests));
             let asked = asked.map(|message| match message {
                 Some(message) => Ok(message),
                 None => Err(CallError::Interrupted("the caller is gone".to_owned())),
@@ -301,8 +328,10 @@ impl Pipe {
     ) -> (OwnTask<()>, BoxStream<Option<T>>) {
         let Self { network, from, to } = self;
         let (sender, receiver) = mpsc::channel::<InPipe<T>>(16);
+        let (whole, ended) = oneshot::channel::<()>();
         let carrier = network.clone();
-        let task = network.spawn(from, to, async move {
+        let (task, broken) = network.spawn(from, to, async move {
+            let _whole = whole;
             loop {
                 let message = tokio::select! {
                     biased;
@@ -311,21 +340,32 @@ impl Pipe {
                 };
                 let ended = message.is_none();
                 let item = message.map(|message| (carrier.arrival(from, to), message));
-                if sender.send(item).await.is_err() || ended {
+                if sender.send(item).await.is_err() {
                     return;
+                }
+                if ended {
+                    // The connection may still break before all of it has arrived.
+                    return sender.closed().await;
                 }
             }
         });
-        let arriving = stream::unfold(Some((receiver, network)), move |state| async move {
-            let (mut receiver, network) = state?;
-            match receiver.recv().await {
-                Some(Some((at, message))) => {
-                    tokio::time::sleep_until(at).await;
-                    network.until_open(from, to).await;
-                    Some((Some(message), Some((receiver, network))))
-                }
-                Some(None) => None,
-                None => Some((None, None)),
+        let pipe = (receiver, ended, broken, network);
+        let arriving = stream::unfold(Some(pipe), move |state| async move {
+            let (mut receiver, mut ended, broken, network) = state?;
+            let arrived = async {
+                let (at, message) = receiver.recv().await??;
+                tokio::time::sleep_until(at).await;
+                network.until_open(from, to).await;
+                Some(message)
+            };
+            tokio::select! {
+                biased;
+                _ = &mut ended => Some((None, None)),
+                message = arrived => match message? {
+                    // The task is told to end, but may not have noticed yet.
+                    _ if broken.load(Relaxed) => Some((None, None)),
+                    message => Some((Some(message), Some((receiver, ended, broken, network)))),
+                },
             }
         });
         (task, Box::pin(arriving))
@@ -335,6 +375,7 @@ impl Pipe {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::raft::transport::Refused;
 
     const ONE: NodeId = NodeId::new(1);
     const TWO: NodeId = NodeId::new(2);

@@ -27,4 +27,5 @@ pub use answer::Answerer;
 pub use ask::{Asked, Hello};
 pub use book::HelloBook;
 pub use verdict::{Forgotten, Own, Verdict, Voters};
+pub use wire::members;
 pub use witness::Witness;

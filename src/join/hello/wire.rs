@@ -37,7 +37,8 @@ pub(super) fn voters(stored: &wire::StoredMembership) -> Voters {
 }
 
 /// The members of a stored membership, with their addresses.
-pub(super) fn members(stored: &wire::StoredMembership) -> Vec<Member> {
+/// The members in a membership as it is kept and sent.
+pub fn members(stored: &wire::StoredMembership) -> Vec<Member> {
     let membership = stored.membership.clone().unwrap_or_default();
     let voters: BTreeSet<u64> =
         membership.configs.iter().flat_map(|config| config.ids.iter().copied()).collect();

@@ -1,0 +1,288 @@
+//! What a node that takes part still has to do before it is ready: be admitted, be known as started, be found where it is.
+//!
+//! Runs beside everything else: other nodes and clients are answered meanwhile. Each step is tried until it is done; what cannot
+//! be done ends the server with the reason.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::admit::{self, Asked};
+use super::enter::Rejoin;
+use super::run::RunError;
+use crate::announce;
+use crate::apply::Reply;
+use crate::command::Command;
+use crate::critical::{CriticalFlags, FlagsError, gate};
+use crate::events::EventId;
+use crate::join::{Identity, Phase, flags};
+use crate::proto::node::admit_reply::Result as Answer;
+use crate::proto::node::cluster_change::Change;
+use crate::proto::node::cluster_reply::Result as Recorded;
+use crate::proto::node::{AdmitReply, Boot, ClusterChange};
+use crate::raft::transport::{Transport, WIRE_VERSIONS};
+use crate::raft::{Member, Node, Role};
+
+/// Between two attempts.
+const PAUSE_FIRST: Duration = Duration::from_millis(250);
+const PAUSE_LAST: Duration = Duration::from_secs(5);
+/// Attempts between two lines of the journal that say the same.
+const MENTION_EVERY: u32 = 8;
+/// How long one proposal may take.
+const PROPOSAL: Duration = Duration::from_secs(10);
+
+/// A node on its last steps.
+pub(super) struct Settling {
+    pub(super) node: Node,
+    pub(super) identity: Identity,
+    pub(super) member: Member,
+    /// Members as they were named to a joiner.
+    pub(super) contacts: Vec<Member>,
+    pub(super) transport: Arc<dyn Transport>,
+    pub(super) flags: Arc<CriticalFlags>,
+    pub(super) path: PathBuf,
+    /// Gives the node a new id.
+    pub(super) rejoin: Rejoin,
+}
+
+/// What an attempt came to.
+enum Step {
+    Done,
+    /// Not now; why.
+    Again(String),
+}
+
+/// Why a node stops settling.
+enum Stop {
+    /// It goes on as another one.
+    StartOver,
+    Failed(RunError),
+}
+
+impl From<RunError> for Stop {
+    fn from(error: RunError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl Settling {
+    /// Returns when this node is a member that everybody knows to have started.
+    pub(super) async fn run(mut self) -> Result<(), RunError> {
+        match self.steps().await {
+            Ok(()) => Ok(()),
+            Err(Stop::Failed(error)) => Err(error),
+            Err(Stop::StartOver) => Err(self.rejoin.begin().await),
+        }
+    }
+
+    async fn steps(&mut self) -> Result<(), Stop> {
+        if matches!(self.identity.phase, Phase::Joining { .. } | Phase::SettingAside { .. }) {
+            self.admitted().await?;
+        }
+        self.is_member().await;
+        let env = self.node.env().clone();
+        self.identity = self
+            .identity
+            .become_member(&env, &self.path)
+            .await
+            .map_err(|error| RunError::DataDir(error.into()))?;
+        self.flags_match().await?;
+        self.known_as_started().await?;
+        self.found_here().await?;
+        Ok(())
+    }
+
+    async fn pause(&self, attempt: u32, what: &str, why: &str) {
+        if attempt.is_multiple_of(MENTION_EVERY) && 0 < attempt {
+            tracing::info!("still {what}: {why}");
+        }
+        let pause = PAUSE_FIRST.saturating_mul(1 << attempt.min(8)).min(PAUSE_LAST);
+        self.node.env().clock.sleep(pause).await;
+    }
+
+    /// Asks the leader to make this node a member, until it does.
+    async fn admitted(&self) -> Result<(), Stop> {
+        let own = self.flags.encode(&self.member.name);
+        let request = admit::request(&self.member, own, self.identity.phase.replaces());
+        for attempt in 0_u32.. {
+            if self.is_in(&self.node.status().members) {
+                return Ok(());
+            }
+            let why = match admit::ask(&*self.transport, &self.contacts, &request).await {
+                Asked::Nobody(why) => why,
+                Asked::Answered(reply) => match self.judge(reply)? {
+                    Step::Done => return Ok(()),
+                    Step::Again(why) => why,
+                },
+            };
+            self.pause(attempt, "waiting to be admitted", &why).await;
+        }
+        Ok(())
+    }
+
+    fn judge(&self, reply: AdmitReply) -> Result<Step, Stop> {
+        match reply.result() {
+            Answer::Admitted => {
+                announce!(EventId::Admitted, "admitted by the leader; being filled with its data");
+                Ok(Step::Done)
+            }
+            Answer::FlagsDiffer => match gate::against(&self.flags, &reply.flags) {
+                Err(error @ FlagsError::Differ(_)) => {
+                    error.announce();
+                    Err(RunError::Flags(error).into())
+                }
+                Ok(_) | Err(_) => Ok(Step::Again(reply.detail)),
+            },
+            Answer::NameTaken => Err(RunError::NameTaken(reply.detail).into()),
+            Answer::Retired => Err(Stop::StartOver),
+            Answer::Later | Answer::Unknown => Ok(Step::Again(reply.detail)),
+        }
+    }
+
+    fn is_in(&self, members: &[Member]) -> bool {
+        members.iter().any(|member| member.id == self.member.id)
+    }
+
+    /// Waits until this node's own log says that it is a member and somebody leads.
+    async fn is_member(&self) {
+        let mut status = self.node.watch_status();
+        let settled =
+            status.wait_for(|status| status.leader.is_some() && self.is_in(&status.members));
+        // A node that is gone needs no more steps.
+        drop(settled.await);
+    }
+
+    /// Compares with the record as the leader has it, and makes the record if this node founds the cluster.
+    async fn flags_match(&self) -> Result<(), Stop> {
+        for attempt in 0_u32.. {
+            let deadline = self.node.env().clock.now() + PROPOSAL;
+            let why = match self.node.read_barrier(deadline).await {
+                // A learner may not ask for barriers everywhere; what it has been sent is compared.
+                Err(error) => error.to_string(),
+                Ok(_barrier) => {
+                    let name = &self.member.name;
+                    match flags::establish(&self.node, &self.flags, name, deadline).await {
+                        Ok(_matched) => {
+                            announce!(EventId::FlagsMatch, "critical flags match the cluster's");
+                            return Ok(());
+                        }
+                        Err(flags::EstablishError::Flags(error @ FlagsError::Differ(_))) => {
+                            error.announce();
+                            return Err(RunError::Flags(error).into());
+                        }
+                        Err(error) => error.to_string(),
+                    }
+                }
+            };
+            self.pause(attempt, "comparing critical flags", &why).await;
+        }
+        Ok(())
+    }
+
+    /// Tells the cluster that this start has happened. One that is known already came from another card.
+    async fn known_as_started(&self) -> Result<(), Stop> {
+        let boot = Boot {
+            node: self.identity.node.get(),
+            epoch: self.identity.epoch,
+            name: self.member.name.clone(),
+            release: env!("CARGO_PKG_VERSION").to_owned(),
+            wire_version: *WIRE_VERSIONS.end(),
+        };
+        let command = Command::Cluster(ClusterChange { change: Some(Change::Boot(boot)) });
+        let mut unsure = false;
+        for attempt in 0_u32.. {
+            let deadline = self.node.env().clock.now() + PROPOSAL;
+            let why = match self.node.propose(command.clone(), deadline).await {
+                Err(error) => {
+                    // The first one may have been written after all.
+                    unsure = true;
+                    error.to_string()
+                }
+                Ok(outcome) => match outcome.reply {
+                    Ok(Reply::Cluster(reply)) => match reply.result() {
+                        Recorded::Done => return Ok(()),
+                        Recorded::StaleEpoch if unsure && reply.epoch == self.identity.epoch => {
+                            return Ok(());
+                        }
+                        Recorded::StaleEpoch => {
+                            announce!(
+                                EventId::Quarantined,
+                                "this is start number {} of the card, but number {} is known already",
+                                self.identity.epoch,
+                                reply.epoch
+                            );
+                            return Err(Stop::StartOver);
+                        }
+                        Recorded::Retired => {
+                            let reason = "removed from the cluster".to_owned();
+                            return Err(RunError::Retired(reason).into());
+                        }
+                        Recorded::Conflict => "the leader runs another release".to_owned(),
+                    },
+                    Ok(other) => format!("an answer to something else: {other:?}"),
+                    Err(refusal) => format!("{refusal:?}"),
+                },
+            };
+            self.pause(attempt, "telling the cluster of this start", &why).await;
+        }
+        Ok(())
+    }
+
+    /// Has the cluster's record of this node's name and addresses corrected, if they have changed.
+    async fn found_here(&self) -> Result<(), Stop> {
+        for attempt in 0_u32.. {
+            let members = self.node.status().members;
+            let Some(known) = members.iter().find(|one| one.id == self.member.id) else {
+                return Ok(());
+            };
+            let same = known.name == self.member.name
+                && known.peer_urls == self.member.peer_urls
+                && known.client_urls == self.member.client_urls;
+            if same {
+                return Ok(());
+            }
+            let wanted =
+                Member { learner: known.learner, replaces: known.replaces, ..self.member.clone() };
+            let deadline = self.node.env().clock.now() + PROPOSAL;
+            match self.node.update_member(&wanted, deadline).await {
+                Ok(()) => {
+                    let addresses = self.member.peer_urls.join(", ");
+                    announce!(
+                        EventId::MembersChanged,
+                        "the cluster knows this node at {addresses}"
+                    );
+                    return Ok(());
+                }
+                Err(error) => {
+                    self.pause(attempt, "telling the cluster of new addresses", &error.to_string())
+                        .await;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Waits until a joiner has everything and its vote; says how far it is.
+pub(super) async fn filled(node: &Node, say: impl Fn(&str)) {
+    let mut status = node.watch_status();
+    loop {
+        {
+            let now = status.borrow_and_update();
+            let votes = now.members.iter().any(|one| one.id == now.node && !one.learner);
+            if now.leader.is_some() && votes && now.role != Role::Learner {
+                return;
+            }
+        }
+        if let Some(progress) = node.stats().receiving {
+            let (percent, rate) = (progress.percent(), progress.bytes_per_second() / 1024);
+            let left = progress.remaining().map_or(0, |left| left.as_secs());
+            say(&format!("joining: {percent} % of the data is here, {rate} KiB/s, {left} s left"));
+        }
+        let tick = node.env().clock.sleep(Duration::from_secs(1));
+        tokio::select! {
+            changed = status.changed() => if changed.is_err() { return },
+            () = tick => {}
+        }
+    }
+}
