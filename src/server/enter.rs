@@ -34,7 +34,7 @@ use crate::env::Env;
 use crate::events::EventId;
 use crate::join::hello::{self, Answerer, Asked, Hello, HelloBook, Verdict, Witness};
 use crate::join::{
-    AuthorityHash, Door, Enrolment, House, Identity, Phase, Plan, Token, enrol, quarantine,
+    self, AuthorityHash, Door, Enrolment, House, Identity, Phase, Plan, Token, enrol, quarantine,
     start_plan, token,
 };
 use crate::metrics::Metrics;
@@ -42,7 +42,6 @@ use crate::mvcc::Store;
 use crate::peers::address::Location;
 use crate::peers::{self, Passport, Peers};
 use crate::pki::{Owner, Pki, Port, Role};
-use crate::proto::node::join_server::JoinServer;
 use crate::raft::transport::Transport;
 use crate::raft::{Member, inspect, reset};
 use crate::wal::Wal;
@@ -113,7 +112,7 @@ pub(super) async fn enter(
     };
     let member = member(config, identity, &clients.addresses()?, &ports.peers.addresses()?);
     if let Start::Reset { .. } = config.start {
-        return Err(reset(&dir, &member).await);
+        return Err(reset(env, &dir, &member).await);
     }
     let passport = Passport::new(identity.cluster, identity.epoch, &*env.entropy);
     let peers = Peers::new(pki.clone(), passport, &member, Arc::clone(&env.entropy));
@@ -141,7 +140,7 @@ pub(super) async fn enter(
     let serving = Serving { env, dir: &dir, pki: &pki, token: &token, peers: &peers, book: &book };
     let serving = serving.start(&dispatch, incoming, stopping);
 
-    let contacts = crate::join::contacts(env, &path)?;
+    let contacts = join::contacts(env, &path)?;
     greet(env, &dir, &peers, &transport, &book, &member, &flags, contacts.clone()).await?;
     let mut contacts = contacts.map(|stored| hello::members(&stored)).unwrap_or_default();
     contacts.retain(|contact| contact.id != member.id);
@@ -169,7 +168,12 @@ async fn identify(
     flags: &CriticalFlags,
 ) -> Result<Identity, RunError> {
     let path = &locked.path;
-    if crate::join::undo_unfinished(env, path).await? {
+    if matches!(config.start, Start::Reset { .. }) {
+        join::reset::check(env, path)?;
+    } else {
+        join::reset::forget(env, path)?;
+    }
+    if join::undo_unfinished(env, path).await? {
         tracing::info!("undid a join that was interrupted");
     }
     let found = locked.identity(env)?;
@@ -179,7 +183,7 @@ async fn identify(
     }
     let identity = match (found, plan) {
         (Some(identity), _) => identity,
-        (None, Plan::Join(server)) => join(config, env, locked, flags, server).await?,
+        (None, Plan::Join(server)) => enrol_and_adopt(config, env, locked, flags, server).await?,
         (None, Plan::Found | Plan::Continue { .. } | Plan::Reset { .. }) => {
             check_founding_token(config, env).await?;
             let identity = Identity::random(env);
@@ -203,7 +207,7 @@ async fn check_founding_token(config: &Config, env: &Env) -> Result<(), RunError
     Ok(())
 }
 
-async fn join(
+async fn enrol_and_adopt(
     config: &Config,
     env: &Env,
     locked: &Locked,
@@ -224,7 +228,7 @@ async fn join(
     };
     let enrolled = enrolment.run().await?;
     let matched = gate::against(flags, &enrolled.flags).inspect_err(FlagsError::announce)?;
-    Ok(crate::join::adopt(env, &locked.path, &enrolled, matched).await?)
+    Ok(join::adopt(env, &locked.path, &enrolled, matched).await?)
 }
 
 /// The token that lets others in. What is kept counts; a configured one that differs is refused, as in K3s.
@@ -313,7 +317,7 @@ impl Serving<'_> {
             store: self.dir.store.clone(),
         };
         let door = Door::new(self.env, house, Arc::new(grant));
-        let routes = Routes::new(JoinServer::new(door));
+        let routes = Routes::new(Arc::new(door).service());
         let stop = stopped(stopping.clone());
         serving
             .spawn(async move { Ok(peers::serve_join(routes, incoming.newcomers, stop).await?) });
@@ -356,12 +360,14 @@ async fn greet(
         contacts,
         compare: Arc::new(compare),
     };
-    match Hello::new(asked).map_err(RunError::Hello)?.run().await {
+    let verdict = Hello::new(asked).map_err(RunError::Hello)?.run().await;
+    if !matches!(verdict, Verdict::FlagsDiffer { .. }) {
+        // Differing flags are told one by one, below.
+        verdict.announce();
+    }
+    match verdict {
         Verdict::Welcome | Verdict::Wait { .. } => Ok(()),
-        Verdict::Amnesia { what, who } => {
-            announce!(EventId::Quarantined, "{what}, as node {who} remembers");
-            Err(Rejoin::of(env, dir).begin().await)
-        }
+        Verdict::Amnesia { .. } => Err(Rejoin::of(env, dir).begin().await),
         // A joiner that was given up asks again, as somebody else.
         Verdict::Retired { .. } if matches!(dir.identity.phase, Phase::Joining { .. }) => {
             Err(Rejoin::of(env, dir).begin().await)
@@ -410,12 +416,18 @@ impl Rejoin {
     }
 }
 
-/// `cluster-reset`. Ends the process either way, as in K3s.
-async fn reset(dir: &DataDir, member: &Member) -> RunError {
-    match reset::only_member(&dir.wal, &dir.store, member).await {
-        Ok(left) => RunError::HasReset(left.into_iter().map(|one| one.name).collect()),
-        Err(error) => RunError::Reset(error),
+/// `cluster-reset`. The process ends either way, as in K3s.
+async fn reset(env: &Env, dir: &DataDir, member: &Member) -> RunError {
+    match try_reset(env, dir, member).await {
+        Ok(guidance) => RunError::HasReset(guidance),
+        Err(error) => error,
     }
+}
+
+async fn try_reset(env: &Env, dir: &DataDir, member: &Member) -> Result<String, RunError> {
+    let left = reset::only_member(&dir.wal, &dir.store, member).await.map_err(RunError::Reset)?;
+    join::reset::done(env, &dir.path).await?;
+    Ok(join::reset::guidance(&left, &dir.path))
 }
 
 /// Where clients find their certificates, for people.

@@ -25,6 +25,7 @@ use crate::critical::FlagsError;
 use crate::env::{Env, host};
 use crate::etcd::{self, Api, Leases, ServeError, Settings};
 use crate::events::{EventId, fields};
+use crate::join::reset::ResetRefused;
 use crate::join::token::{EstablishError, FoundingToken, ObtainError};
 use crate::join::{AdoptError, IdentityError, JoinError, Phase, PlanError, flags};
 use crate::limits;
@@ -125,9 +126,12 @@ pub enum RunError {
     /// `cluster-reset` could not be done.
     #[error("cluster-reset: {0}")]
     Reset(#[source] ResetError),
-    /// `cluster-reset` is done. Ends the process, as in K3s.
-    #[error("this server is the only member of its cluster now")]
-    HasReset(Vec<String>),
+    /// `cluster-reset` is not begun.
+    #[error(transparent)]
+    ResetRefused(#[from] ResetRefused),
+    /// `cluster-reset` is done, and this is what to do now. No failure, but the process ends, as in K3s.
+    #[error("{0}")]
+    HasReset(String),
     /// This node has a new id, and begins anew with it.
     #[error("starting over as a new node")]
     StartOver,
@@ -168,7 +172,6 @@ impl RunError {
             Self::Incompatible(_) => {
                 Some("install a release on this server that the others' can work with; upgrade one server at a time".to_owned())
             }
-            Self::HasReset(left) => Some(reset_guidance(left)),
             Self::Start(_)
             | Self::Store(_)
             | Self::Names(_)
@@ -181,6 +184,8 @@ impl RunError {
             | Self::CompareFlags(_)
             | Self::Hello(_)
             | Self::Reset(_)
+            | Self::ResetRefused(_)
+            | Self::HasReset(_)
             | Self::StartOver
             | Self::Peers(_)
             | Self::Failed(_)
@@ -203,6 +208,7 @@ impl RunError {
             | Self::Duplicate(_)
             | Self::NameTaken(_)
             | Self::Reset(_)
+            | Self::ResetRefused(ResetRefused::Done { .. })
             | Self::Names(_)
             | Self::Logging(_)
             | Self::DataDir(DataDirError::NotADirectory { .. })
@@ -222,6 +228,7 @@ impl RunError {
             | Self::CompareFlags(_)
             | Self::Hello(_)
             | Self::Incompatible(_)
+            | Self::ResetRefused(_)
             | Self::HasReset(_)
             | Self::StartOver
             | Self::Peers(_)
@@ -229,19 +236,6 @@ impl RunError {
             | Self::Stop(_) => false,
         }
     }
-}
-
-/// What K3s says after a reset, and who it is about.
-fn reset_guidance(left: &[String]) -> String {
-    let others = if left.is_empty() {
-        String::new()
-    } else {
-        format!(
-            "; on each of the others ({}), move the data directory away and join again",
-            left.join(", ")
-        )
-    };
-    format!("restart without `cluster-reset`{others}")
 }
 
 /// Runs a server until it is told to stop or cannot go on.
@@ -288,10 +282,17 @@ async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
     loop {
         // A node that has to become another one begins anew, in the same process.
         let lived = live(config, &env, notifier, &shutdown).await;
-        if !matches!(lived, Err(RunError::StartOver)) {
-            signals.abort();
-            return lived;
+        if matches!(lived, Err(RunError::StartOver)) {
+            continue;
         }
+        signals.abort();
+        return match lived {
+            Err(RunError::HasReset(guidance)) => {
+                tracing::info!("{guidance}");
+                Ok(())
+            }
+            lived => lived,
+        };
     }
 }
 
