@@ -364,7 +364,7 @@ async fn start(
         path: dir.path.clone(),
         rejoin: enter::Rejoin::of(env, dir),
     };
-    let own_flags = (**flags).clone();
+    let (own_flags, path) = ((**flags).clone(), dir.path.clone());
     let space = dir.space.space();
     let addresses = member.client_urls.join(", ");
     let joins = matches!(dir.identity.phase, Phase::Joining { .. });
@@ -396,7 +396,7 @@ async fn start(
         tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
         tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
         tokio::spawn(supervise::forget_removed(node.clone(), peers)),
-        tokio::spawn(flags::follow(node.clone(), own_flags)),
+        tokio::spawn(flags::follow(node.clone(), own_flags, path)),
     ];
     if let Some(watchdog) = Watchdog::from_environment() {
         let pulse = Pulse::new(Arc::clone(&env.clock));

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::server::Server;
+use crate::server::{Ran, Server};
 
 const FLAGS: &str = "disable: [traefik]\ncluster-domain: k8s.local\n";
 
@@ -40,8 +40,7 @@ fn a_changed_flag_warns_now_and_refuses_the_next_start_until_the_configuration_a
     assert!(check.out.contains("compared with the server that runs here (pi-1)"), "{check:?}");
     server.stop();
 
-    let refused = server.refused();
-    assert_eq!(refused.status, 78, "{refused:?}");
+    let refused = refused_untouched(&server);
     let said = format!("{}{}", refused.out, refused.err);
     for part in
         ["1 setting differs", "servicelb, traefik", "set by pi-1", "disable: [servicelb, traefik]"]
@@ -56,6 +55,59 @@ fn a_changed_flag_warns_now_and_refuses_the_next_start_until_the_configuration_a
     server.restart();
     assert_eq!(server.run(&["check"]).status, 0);
     server.stop();
+}
+
+/// A start that ends with status 78 and leaves every byte as it was.
+fn refused_untouched(server: &Server) -> Ran {
+    let before = server.contents();
+    let refused = server.refused();
+    assert_eq!(refused.status, 78, "{refused:?}");
+    let after = server.contents();
+    let touched = after.iter().filter(|(path, bytes)| before.get(*path) != Some(*bytes));
+    let touched: Vec<_> =
+        touched.map(|(path, _)| path.strip_prefix(server.db_dir()).unwrap()).collect();
+    assert!(touched.is_empty() && before.len() == after.len(), "{touched:?}");
+    refused
+}
+
+/// What the server has written down of the cluster's flags.
+fn has_seen(server: &Server, value: &str) -> bool {
+    let file = std::fs::read(server.db_dir().join("flags")).unwrap_or_default();
+    String::from_utf8_lossy(&file).contains(value)
+}
+
+#[test]
+fn a_server_that_was_down_during_a_change_starts_with_the_new_value_and_not_with_the_old_one() {
+    let mut servers = Server::three("disable: [traefik]\n");
+    let [first, second, third] = &mut servers;
+    for server in [&mut *first, second, third] {
+        server.wait_until("has seen the flags", |server| has_seen(server, "traefik"));
+    }
+    third.stop();
+    first.run(&["flags", "set", "disable", "runtimes"]).done();
+    first.wait_until("has seen the change", |server| has_seen(server, "runtimes"));
+
+    let old = refused_by_the_others(third);
+    assert!(old.contains("disable: [runtimes]") && old.contains("set by pi-1"), "{old}");
+    third.put("disable: [runtimes]\n");
+    third.restart();
+    third.wait_until("has seen the change", |server| has_seen(server, "runtimes"));
+    third.put("cluster-domain: k8s.local\n");
+    third.stop();
+    let again = refused_untouched(third);
+    assert!(again.err.contains("cluster-domain"), "{again:?}");
+    for server in [&mut *first, second] {
+        server.kill();
+    }
+    let alone = refused_untouched(third);
+    assert!(alone.err.contains("cluster-domain: cluster.local"), "{alone:?}");
+}
+
+/// Its own copy agrees with the old value, so it has to open its data to hear of the new one.
+fn refused_by_the_others(server: &Server) -> String {
+    let refused = server.refused();
+    assert_eq!(refused.status, 78, "{refused:?}");
+    refused.err
 }
 
 #[test]

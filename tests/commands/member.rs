@@ -35,11 +35,7 @@ fn last_voter_is_not_removed_and_the_numbers_say_why() {
 
 #[test]
 fn three_servers_are_listed_and_one_is_removed_by_name_through_another() {
-    let founder = Server::configure("pi-1", "127.0.0.1", "cluster-init: true\n").start();
-    let token = founder.run(&["token", "--show"]).done();
-    let join = format!("server: {}\ntoken: \"{}\"\n", founder.url(), token.trim());
-    let second = Server::configure("pi-2", "127.0.0.2", &join).start();
-    let third = Server::configure("pi-3", "127.0.0.3", &join).start();
+    let [founder, second, third] = Server::three("");
 
     let list = second.run(&["member", "list", "-o", "json"]).json();
     assert_eq!(

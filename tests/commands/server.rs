@@ -116,6 +116,39 @@ impl Server {
         fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.process.take().expect("a server that runs").kill();
+    }
+
+    /// Three that run, with the same settings.
+    pub fn three(config: &str) -> [Self; 3] {
+        let first = format!("cluster-init: true\n{config}");
+        let first = Self::configure("pi-1", "127.0.0.1", &first).start();
+        let token = first.run(&["token", "--show"]).done();
+        let join = format!("server: {}\ntoken: \"{}\"\n{config}", first.url(), token.trim());
+        let second = Self::configure("pi-2", "127.0.0.2", &join).start();
+        let third = Self::configure("pi-3", "127.0.0.3", &join).start();
+        [first, second, third]
+    }
+
+    /// Puts lines into the configuration, in the place of those with the same keys.
+    pub fn put(&self, lines: &str) {
+        let text = fs::read_to_string(self.config()).unwrap();
+        let keys: Vec<&str> = lines.lines().filter_map(|line| line.split(':').next()).collect();
+        let kept =
+            text.lines().filter(|line| !keys.contains(&line.split(':').next().unwrap_or("")));
+        let kept: String = kept.map(|line| format!("{line}\n")).collect();
+        fs::write(self.config(), kept + lines).unwrap();
+    }
+
+    /// Waits until something is true of it.
+    pub fn wait_until(&mut self, what: &str, holds: impl Fn(&Self) -> bool) {
+        let mut process = self.process.take().expect("a server that runs");
+        process.wait_until(what, || holds(self));
+        self.process = Some(process);
+    }
+
     /// Waits until the log says it.
     pub fn wait_for_log(&mut self, text: &str) {
         let path = self.dir.path().join("log");
