@@ -55,6 +55,7 @@ pub(super) struct Entered {
     pub(super) pki: Pki,
     pub(super) peers: Peers,
     pub(super) transport: Arc<dyn Transport>,
+    pub(super) book: Arc<HelloBook>,
     pub(super) dispatch: Arc<Dispatch>,
     pub(super) member: Member,
     pub(super) contacts: Vec<Member>,
@@ -101,6 +102,7 @@ pub(super) async fn enter(
     let path = locked.path.clone();
     let dir = locked.open(env, identity, config.wal_linger).await?;
     supervise::announce_opened(&dir);
+    compare_alone(&dir, &flags)?;
 
     let owner = Owner { cluster: identity.cluster, node: identity.node };
     let (pki, issued) = Pki::establish(env, &path.join("tls"), owner, &names(config)?).await?;
@@ -126,13 +128,14 @@ pub(super) async fn enter(
 
     let mut contacts = contacts.map(|stored| hello::members(&stored)).unwrap_or_default();
     contacts.retain(|contact| contact.id != member.id);
-    let Ties { peers, transport, dispatch, .. } = ties;
+    let Ties { peers, transport, book, dispatch } = ties;
     let observers = ports.observers;
     Ok(Entered {
         dir,
         pki,
         peers,
         transport,
+        book,
         dispatch,
         member,
         contacts,
@@ -141,6 +144,24 @@ pub(super) async fn enter(
         observers,
         serving,
     })
+}
+
+/// Compares critical flags with the record on this card, if nobody else can have a newer one: then this node does not begin to take
+/// part. Others say by their hello what the record is.
+fn compare_alone(dir: &DataDir, flags: &CriticalFlags) -> Result<(), RunError> {
+    let tail = inspect::tail(&dir.store.read()?, &dir.wal).map_err(RunError::Hello)?;
+    let sets = tail.membership.membership.unwrap_or_default().configs;
+    let own = dir.identity.node.get();
+    let alone = !sets.is_empty() && sets.iter().flat_map(|set| &set.ids).all(|id| *id == own);
+    let Some(record) = tail.flags.filter(|_| alone) else { return Ok(()) };
+    match gate::against(flags, &record) {
+        Err(error @ FlagsError::Differ(_)) => {
+            error.announce();
+            Err(RunError::Flags(error))
+        }
+        // What cannot be read is reported when it is used.
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 /// Who this node is, this start counted.

@@ -366,12 +366,13 @@ async fn start(
     };
     let (own_flags, path) = ((**flags).clone(), dir.path.clone());
     let (peers, pki) = (peers.clone(), pki.clone());
-    let Entered { dir, clients, observers, mut serving, member, .. } = entered;
+    let Entered { dir, clients, observers, mut serving, member, book, transport, .. } = entered;
     live.serve(&mut serving, settings, api, metrics, clients, observers, &stopping);
     serving_latch.set();
     serving.spawn(settling.run(notifier, settled, stopping.clone()));
 
     let Live { node, hub, leases } = live;
+    serving.spawn(supervise::leave_when_removed(node.clone(), book, transport, stopping.clone()));
     let addresses = member.client_urls.join(", ");
     let mut background = vec![
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
