@@ -63,7 +63,12 @@ impl Seen {
 impl Wire {
     /// Reads and counts what the server says.
     pub async fn listening(endpoint: &Endpoint) -> Self {
-        let (read, write) = tokio::io::split(client::dial_endpoint(endpoint).await.unwrap());
+        Self::over(client::dial_endpoint(endpoint).await.unwrap()).await
+    }
+
+    /// The same over any connection.
+    pub async fn over(stream: Box<dyn Stream>) -> Self {
+        let (read, write) = tokio::io::split(stream);
         let seen = Arc::new(Seen::default());
         let task = tokio::spawn(count(read, Arc::clone(&seen)));
         Self { write, reading: Reading::Counting { seen, task } }.begin().await
