@@ -1,10 +1,15 @@
-# The two commands of the README, and the checks behind them. Each does its own set-up.
+# The commands of the README, and the checks behind them. Each does its own set-up.
 #
+#   make demo     found a cluster of three servers on loopback, kill its leader, bring it back, and leave it running
 #   make run      build, and start one server on loopback with its data under ./demo
 #   make test     get what the tests need, and run all of them
 
 .POSIX:
-.PHONY: run test fmt lint bench build setup test-harness transcripts clean-demo
+.PHONY: demo run test fmt lint bench build setup test-harness transcripts clean-demo
+
+demo:
+	@.ci/setup build
+	@.ci/demo-cluster
 
 run:
 	@.ci/setup build

@@ -14,12 +14,32 @@ pub const GRPC_OVERHEAD_BYTES: u64 = 512 * KIB;
 /// Most operations in one transaction, nested ones included (`max-txn-ops`).
 pub const TXN_OPS_MAX: usize = 128;
 
-/// Deepest nesting of transactions. etcd has no limit of its own; the operation count bounds it there.
-pub const TXN_DEPTH_MAX: usize = 16;
+/// Deepest nesting of transactions, the outermost one included. etcd has no limit of its own: each level must hold an
+/// operation, and nested levels get what is left of `max-txn-ops`, so there it is 129 at most. Here it is what the
+/// protobuf decoder accepts, which stops at 100 messages within each other, two of them for a level: without that limit,
+/// 2 MiB of nested prefixes would be 250,000 calls of it on one stack. Nobody is known to nest deeper than two or three.
+pub const TXN_DEPTH_MAX: usize = 50;
 
 /// Calls that one connection may have open (`max-concurrent-streams`). etcd has no limit; but each costs 10 KiB even
 /// when nothing follows its headers. A client that wants more waits, or opens another connection.
 pub const CONCURRENT_STREAMS_MAX: u32 = 4_096;
+
+/// Memory for answers that are being made or wait for their clients, of all connections. A Pi has 1 to 4 GiB and shares
+/// it with Kubernetes; the unit's `MemoryHigh` is 256 MiB, and caches, log and watchers need about as much as is left.
+/// One answer larger than a connection's share may be in memory besides (`etcd::budget`).
+pub const ANSWER_BYTES_MAX: u64 = 64 * MIB;
+
+/// Of these, what one connection may hold: a list of 8 MiB while it is encoded, or a dozen of etcd's largest values. A
+/// client that reads gets the next answer as soon as the one before is on its way.
+pub const ANSWER_BYTES_PER_CONNECTION_MAX: u64 = 16 * MIB;
+
+/// Of these, what a connection may hold however much the others do: a few ordinary objects. All connections there can be
+/// have 32 MiB of it together.
+pub const ANSWER_BYTES_PER_CONNECTION_MIN: u64 = 16 * KIB;
+
+/// A single answer may take this much while it is made; the message is about half of it. gRPC stops at 2 GiB, but a
+/// transaction may ask 128 times for everything there is.
+pub const ANSWER_BYTES_LARGEST: u64 = 1024 * MIB;
 
 /// Largest lease TTL in seconds that etcd accepts.
 pub const LEASE_TTL_SECS_MAX: i64 = 9_000_000_000;
@@ -116,6 +136,10 @@ const _: () = {
     assert!(HAND_OVER_STALL.as_secs() + 3 <= CARD_HUNG_EXIT.as_secs());
     assert!(LEARNER_SILENT_MAX.as_secs() < LEARNER_STUCK_MAX.as_secs());
     assert!(REQUEST_BYTES_MAX + GRPC_OVERHEAD_BYTES <= WAL_RECORD_BYTES_MAX);
+    // Two connections that never read must leave the others more than they take.
+    assert!(2 * ANSWER_BYTES_PER_CONNECTION_MAX <= ANSWER_BYTES_MAX / 2);
+    // A value, what it was before, and both encoded.
+    assert!(4 * REQUEST_BYTES_MAX <= ANSWER_BYTES_PER_CONNECTION_MAX);
     assert!(WAL_BATCH_BYTES_MAX + WAL_RECORD_BYTES_MAX + WAL_BLOCK_BYTES <= WAL_FRAME_BYTES_MAX);
     assert!(WAL_FRAME_BYTES_MAX * 2 <= WAL_SEGMENT_BYTES);
     assert!(WAL_SEGMENT_BYTES.is_multiple_of(WAL_BLOCK_BYTES));

@@ -16,8 +16,7 @@ pub(super) fn put(txn: &mut WriteTxn<'_>, request: &pb::PutRequest) -> Step<pb::
     Ok(pb::PutResponse { header: None, ..response })
 }
 
-/// A put whose lease and key were looked for. Inside a transaction that no service would have let through, an
-/// earlier operation may have deleted the key since; then there is no value and no lease to keep.
+/// A put whose lease and key were looked for, also in what earlier operations of its transaction left.
 pub(super) fn put_checked(
     txn: &mut WriteTxn<'_>,
     request: &pb::PutRequest,

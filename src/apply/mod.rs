@@ -6,8 +6,8 @@
 //! # Shape
 //!
 //! [`apply`] runs inside [`crate::mvcc::Store::write`], one call per committed entry, many calls per batch.
-//! [`range`] and [`read_only_txn`] serve reads from a [`ReadTxn`]. Replies carry no header of their own; the
-//! answers inside a transaction do, with the revision only, as etcd's do.
+//! [`range`] and [`read_only_txn`] serve reads from a [`ReadTxn`]; each asks a [`Room`] before its answer grows. Replies
+//! carry no header of their own; the answers inside a transaction do, with the revision only, as etcd's do.
 //!
 //! # Invariants
 //!
@@ -26,10 +26,13 @@ mod kv;
 mod lease;
 mod operations;
 mod range;
+mod room;
 mod txn;
 
 #[cfg(test)]
 mod tests;
+
+use thiserror::Error;
 
 use crate::command::Command;
 use crate::mvcc::{ReadTxn, RevisionError, RevisionEvents, StoreError, View, WriteTxn};
@@ -39,6 +42,7 @@ use crate::types::{LeaseId, LogId, Revision};
 
 pub use cluster::{flags, node, nodes};
 pub use operations::Operations;
+pub use room::{Room, Unbounded};
 
 /// A definite "no" that changed nothing. Mapped to etcd's status code and text in `etcd::error`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,10 +123,12 @@ pub struct Applied {
     pub leases: Vec<LeaseChange>,
 }
 
-/// Why a command stops half-way: because the answer is "no", or because the store failed.
+/// Why a command stops half-way: because the answer is "no", because the store failed, or because the answer has no
+/// room (never for a command: commands are given all they want).
 enum Stop {
     Refused(Refusal),
     Failed(StoreError),
+    NoRoom,
 }
 
 type Step<T> = Result<T, Stop>;
@@ -154,19 +160,41 @@ impl From<RevisionError> for Stop {
     }
 }
 
-/// Sorts the two kinds of "no" into the two levels of a result.
-fn settle<T>(step: Step<T>) -> Result<Result<T, Refusal>, StoreError> {
+/// Sorts the kinds of "no" into the two levels of a result.
+fn settle<T>(step: Step<T>) -> Result<Result<T, Refusal>, ReadError> {
     match step {
         Ok(value) => Ok(Ok(value)),
         Err(Stop::Refused(refusal)) => Ok(Err(refusal)),
-        Err(Stop::Failed(error)) => Err(error),
+        Err(Stop::Failed(error)) => Err(ReadError::Store(error)),
+        Err(Stop::NoRoom) => Err(ReadError::NoRoom),
     }
+}
+
+/// [`settle`] for what asked nobody for room.
+fn settle_unbounded<T>(step: Step<T>) -> Result<Result<T, Refusal>, StoreError> {
+    settle(step).map_err(|error| match error {
+        ReadError::Store(error) => error,
+        ReadError::NoRoom => unreachable!("an unbounded room is never full"),
+    })
+}
+
+/// Why there is no answer to a read.
+#[derive(Debug, Error)]
+pub enum ReadError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The [`Room`] did not let the answer grow.
+    #[error("no room for the answer")]
+    NoRoom,
 }
 
 /// Applies one committed command. Deterministic: equal stores and equal commands give equal stores.
 pub fn apply(txn: &mut WriteTxn<'_>, id: LogId, command: &Command) -> Result<Applied, StoreError> {
     let mut leases = Vec::new();
-    let reply = settle(alarm::permit(txn, command).and_then(|()| run(txn, command, &mut leases)))?;
+    let reply = settle_unbounded(
+        alarm::permit(txn, command).and_then(|()| run(txn, command, &mut leases)),
+    )?;
     let events = txn.end_revision();
     debug_assert!(reply.is_ok() || events.is_none(), "a refused command changed keys");
     txn.set_applied(id);
@@ -196,14 +224,25 @@ fn run(txn: &mut WriteTxn<'_>, command: &Command, leases: &mut Vec<LeaseChange>)
     }
 }
 
-/// Serves a range from one moment of the store.
+/// Serves a range from one moment of the store, however large it is.
 pub fn range(
     view: &ReadTxn,
     request: &pb::RangeRequest,
 ) -> Result<Result<pb::RangeResponse, Refusal>, StoreError> {
-    settle(
-        range::range(view, request).map(|response| pb::RangeResponse { header: None, ..response }),
-    )
+    settle_unbounded(range::range(view, request, &Unbounded).map(without_header))
+}
+
+/// Serves a range from one moment of the store, if there is room for it.
+pub fn range_within(
+    view: &ReadTxn,
+    request: &pb::RangeRequest,
+    room: &impl Room,
+) -> Result<Result<pb::RangeResponse, Refusal>, ReadError> {
+    settle(range::range(view, request, room).map(without_header))
+}
+
+fn without_header(response: pb::RangeResponse) -> pb::RangeResponse {
+    pb::RangeResponse { header: None, ..response }
 }
 
 /// Serves a transaction that only reads.
@@ -211,7 +250,16 @@ pub fn read_only_txn(
     view: &ReadTxn,
     request: &pb::TxnRequest,
 ) -> Result<Result<pb::TxnResponse, Refusal>, StoreError> {
-    settle(txn::read(view, request))
+    settle_unbounded(txn::read(view, request, &Unbounded))
+}
+
+/// Serves a transaction that only reads, if there is room for its answer.
+pub fn read_only_txn_within(
+    view: &ReadTxn,
+    request: &pb::TxnRequest,
+    room: &impl Room,
+) -> Result<Result<pb::TxnResponse, Refusal>, ReadError> {
+    settle(txn::read(view, request, room))
 }
 
 /// Whether a transaction can be served by [`read_only_txn`]: both branches hold nothing but ranges.

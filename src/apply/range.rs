@@ -14,7 +14,10 @@ use crate::proto::etcdserverpb as pb;
 use crate::proto::mvccpb::KeyValue;
 use crate::types::Revision;
 
-use super::{Step, inner_header};
+use super::{Room, Step, Stop, inner_header};
+
+/// What a key costs beside its own bytes, as [`Found`] and in the answer.
+const KEY_BYTES: usize = size_of::<Found>() + size_of::<KeyValue>() + 64;
 
 /// One key of the answer, as far as it is known.
 struct Found {
@@ -24,10 +27,14 @@ struct Found {
     value: Bytes,
 }
 
-pub(super) fn range(view: &impl View, request: &pb::RangeRequest) -> Step<pb::RangeResponse> {
+pub(super) fn range(
+    view: &impl View,
+    request: &pb::RangeRequest,
+    room: &impl Room,
+) -> Step<pb::RangeResponse> {
     let at = view.resolve(request.revision)?;
     let keys = KeyRange::new(request.key.clone(), request.range_end.clone());
-    let (mut found, count) = collect(view, request, &keys, at)?;
+    let (mut found, count) = collect(view, request, &keys, at, room)?;
     sort(request, &mut found);
     let limit = usize::try_from(request.limit).unwrap_or(0);
     let more = 0 < limit && limit < found.len();
@@ -36,7 +43,7 @@ pub(super) fn range(view: &impl View, request: &pb::RangeRequest) -> Step<pb::Ra
     }
     let kvs = found
         .into_iter()
-        .map(|found| answer(view, request, found))
+        .map(|found| answer(view, request, found, room))
         .collect::<Step<Vec<KeyValue>>>()?;
     Ok(pb::RangeResponse { header: inner_header(view.revision()), kvs, more, count })
 }
@@ -47,19 +54,21 @@ fn collect(
     request: &pb::RangeRequest,
     keys: &KeyRange,
     at: Revision,
+    room: &impl Room,
 ) -> Step<(Vec<Found>, i64)> {
     let most = fetched_max(request);
     let by_value = sort_target(request) == Some(SortTarget::Value);
-    let (mut found, mut count) = (Vec::new(), 0_i64);
+    let (mut found, mut count, mut full) = (Vec::new(), 0_i64, false);
     view.visit(keys, at, &mut |key, entry| {
         count += 1;
         if !request.count_only && found.len() < most && passes(request, entry) {
             let value = if by_value { view.load(key, entry)?.value } else { Bytes::new() };
+            full = !room.keep(KEY_BYTES + 2 * key.len() + value.len());
             found.push(Found { key: Bytes::copy_from_slice(key), entry: *entry, value });
         }
-        Ok(ControlFlow::Continue(()))
+        Ok(if full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     })?;
-    Ok((found, count))
+    if full { Err(Stop::NoRoom) } else { Ok((found, count)) }
 }
 
 /// One more than asked for, to see whether there are more; everything, if an order or a filter was asked for. A
@@ -117,7 +126,12 @@ fn sort(request: &pb::RangeRequest, found: &mut [Found]) {
     }
 }
 
-fn answer(view: &impl View, request: &pb::RangeRequest, found: Found) -> Step<KeyValue> {
+fn answer(
+    view: &impl View,
+    request: &pb::RangeRequest,
+    found: Found,
+    room: &impl Room,
+) -> Step<KeyValue> {
     if request.keys_only {
         let Found { key, entry, .. } = found;
         return Ok(KeyValue {
@@ -129,5 +143,6 @@ fn answer(view: &impl View, request: &pb::RangeRequest, found: Found) -> Step<Ke
             lease: entry.lease,
         });
     }
-    Ok(view.load(&found.key, &found.entry)?)
+    let kv = view.load(&found.key, &found.entry)?;
+    if room.keep(kv.value.len()) { Ok(kv) } else { Err(Stop::NoRoom) }
 }

@@ -88,6 +88,11 @@ impl Machine {
         self.store.read().unwrap().get(key.as_bytes(), None).unwrap()
     }
 
+    /// A hash of all keys and their history.
+    pub(super) fn keys(&self) -> u32 {
+        self.store.read().unwrap().hash_kv(None).unwrap().unwrap().0
+    }
+
     pub(super) fn range(&self, request: pb::RangeRequest) -> Result<pb::RangeResponse, Refusal> {
         super::range(&self.store.read().unwrap(), &request).unwrap()
     }

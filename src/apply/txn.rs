@@ -4,6 +4,8 @@
 //!
 //! - Which branches are taken, nested ones included, is decided by the state before the transaction.
 //! - The whole path is checked before its first operation runs, so a refusal has changed nothing.
+//! - A put that keeps a value or a lease finds one. etcd's check of overlaps does not see that a delete without an
+//!   end takes the key away first, and its process ends then (3.5.30); here the transaction is refused.
 //! - Operations see what earlier ones did; all of them share one revision.
 
 use std::cmp::Ordering;
@@ -17,22 +19,30 @@ use crate::mvcc::{Entry, KeyRange, ReadTxn, StoreError, View, WriteTxn};
 use crate::proto::etcdserverpb as pb;
 use crate::proto::mvccpb::KeyValue;
 
-use super::{Refusal, Step, kv, range};
+use super::{Refusal, Room, Step, Unbounded, kv, range};
 
 /// Who carries out a transaction's operations: the writer, or a reader that knows no writes.
 trait Target {
     type View: View;
+    type Room: Room;
 
     fn view(&self) -> &Self::View;
+    /// Where the answer is put together.
+    fn room(&self) -> &Self::Room;
     fn put(&mut self, request: &pb::PutRequest) -> Step<pb::PutResponse>;
     fn delete_range(&mut self, request: &pb::DeleteRangeRequest) -> Step<pb::DeleteRangeResponse>;
 }
 
 impl Target for WriteTxn<'_> {
     type View = Self;
+    type Room = Unbounded;
 
     fn view(&self) -> &Self {
         self
+    }
+
+    fn room(&self) -> &Unbounded {
+        &Unbounded
     }
 
     fn put(&mut self, request: &pb::PutRequest) -> Step<pb::PutResponse> {
@@ -46,14 +56,18 @@ impl Target for WriteTxn<'_> {
 
 pub(super) fn write(txn: &mut WriteTxn<'_>, request: &pb::TxnRequest) -> Step<pb::TxnResponse> {
     let path = Path::choose(txn, request)?;
-    path.check(txn)?;
+    path.check(txn, &mut Vec::new())?;
     path.execute(txn)
 }
 
-pub(super) fn read(view: &ReadTxn, request: &pb::TxnRequest) -> Step<pb::TxnResponse> {
+pub(super) fn read(
+    view: &ReadTxn,
+    request: &pb::TxnRequest,
+    room: &impl Room,
+) -> Step<pb::TxnResponse> {
     let path = Path::choose(view, request)?;
-    path.check(view)?;
-    path.execute(&mut Reader(view))
+    path.check(view, &mut Vec::new())?;
+    path.execute(&mut Reader { view, room })
 }
 
 /// The operations a transaction will do, chosen on the state before it.
@@ -89,14 +103,22 @@ impl<'a> Path<'a> {
         Ok(Self { succeeded, ops })
     }
 
-    /// The first thing wrong along the path, in its order.
-    fn check(&self, view: &impl View) -> Step<()> {
+    /// The first thing wrong along the path, in its order. `deleted` is what operations before this path take away.
+    fn check(&self, view: &impl View, deleted: &mut Vec<KeyRange>) -> Step<()> {
         for op in &self.ops {
             match op {
                 Op::Range(request) => check_range(view, request)?,
-                Op::Put(request) => kv::check_put(view, request)?,
-                Op::DeleteRange(_) => {}
-                Op::Txn(path) => path.check(view)?,
+                Op::Put(request) => {
+                    kv::check_put(view, request)?;
+                    let keeps = request.ignore_value || request.ignore_lease;
+                    if keeps && deleted.iter().any(|range| range.contains(&request.key)) {
+                        return Err(Refusal::KeyNotFound.into());
+                    }
+                }
+                Op::DeleteRange(request) => {
+                    deleted.push(KeyRange::new(request.key.clone(), request.range_end.clone()));
+                }
+                Op::Txn(path) => path.check(view, deleted)?,
             }
         }
         Ok(())
@@ -107,7 +129,7 @@ impl<'a> Path<'a> {
         for op in &self.ops {
             let response = match op {
                 Op::Range(request) => {
-                    Response::ResponseRange(range::range(target.view(), request)?)
+                    Response::ResponseRange(range::range(target.view(), request, target.room())?)
                 }
                 Op::Put(request) => Response::ResponsePut(target.put(request)?),
                 Op::DeleteRange(request) => {
@@ -200,13 +222,21 @@ fn verdict(compare: &pb::Compare, found: Ordering) -> bool {
 }
 
 /// A reader as the target of a transaction.
-struct Reader<'a>(&'a ReadTxn);
+struct Reader<'a, R> {
+    view: &'a ReadTxn,
+    room: &'a R,
+}
 
-impl Target for Reader<'_> {
+impl<R: Room> Target for Reader<'_, R> {
     type View = ReadTxn;
+    type Room = R;
 
     fn view(&self) -> &ReadTxn {
-        self.0
+        self.view
+    }
+
+    fn room(&self) -> &R {
+        self.room
     }
 
     fn put(&mut self, _: &pb::PutRequest) -> Step<pb::PutResponse> {

@@ -323,7 +323,8 @@ impl Check<'_> {
     /// Networks with their defaults, and the rules between them.
     fn network(&mut self, host: &Host) -> Network {
         let first = self.node_ips(host).first().copied();
-        let six = first.is_some_and(|address| address.is_ipv6());
+        let six = self.addresses("node-ip").first().is_some_and(IpAddr::is_ipv6);
+        self.networks_of_ipv6_host(host);
         let (cluster_default, service_default) =
             if six { ("fd00:42::/56", "fd00:43::/112") } else { ("10.42.0.0/16", "10.43.0.0/16") };
         let cluster_cidrs = self.cidrs("cluster-cidr", cluster_default);
@@ -339,6 +340,25 @@ impl Check<'_> {
         }
         let cluster_dns = self.cluster_dns(&service_cidrs, networks_right);
         Network { cluster_cidrs, service_cidrs, cluster_dns }
+    }
+
+    /// K3s would choose IPv6 networks on such a host. Here only what is written decides: the cluster's networks may not depend on
+    /// which of the host's addresses came up first at this boot.
+    fn networks_of_ipv6_host(&mut self, host: &Host) {
+        let said = ["node-ip", "cluster-cidr", "service-cidr"];
+        let silent = said.iter().all(|name| self.settings.items(name).is_empty());
+        if let Some(IpAddr::V6(address)) = host.address
+            && silent
+        {
+            self.problems.push(
+                Problem::warning(
+                    Origin::Default,
+                    "cluster-cidr and service-cidr are IPv4 by default, and this host has only an IPv6 address now",
+                )
+                .found(address.to_string())
+                .fix(format!("if that is meant to be, write `node-ip: \"{address}\"`; the networks follow it")),
+            );
+        }
     }
 
     fn cidrs(&self, name: &'static str, default: &str) -> Vec<Cidr> {

@@ -4,23 +4,33 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Semaphore, watch};
-use tonic::Status;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tonic::metadata::MetadataMap;
+use tonic::{Request, Status};
 
+use super::answer::Meter;
+use super::budget::{Account, Budget, Permit};
 use super::error::{EtcdError, store_failed};
 use super::validate::Cost;
 use super::{Parts, Settings};
-use crate::apply::Reply;
+use crate::apply::{ReadError, Refusal, Reply};
 use crate::command::Command;
+use crate::limits;
 use crate::mvcc::{ReadTxn, StoreError};
 use crate::proto::etcdserverpb as pb;
 use crate::raft;
 use crate::raft::ReadBarrier;
 use crate::types::Revision;
 
-/// Scans of many keys that run at once. Each may hold a whole response in memory.
+/// Scans of many keys that run at once, of all connections.
 const SCANS_MAX: usize = 8;
+
+/// Backups under way: each holds a thread, and a moment of the store whose later changes cannot reuse its pages.
+const BACKUPS_MAX: usize = 4;
+
+/// What is reserved for an answer before anything is known of it.
+const FIRST_BYTES_ONE_KEY: u64 = 4 << 10;
+const FIRST_BYTES_MANY_KEYS: u64 = limits::ANSWER_BYTES_PER_CONNECTION_MIN;
 
 /// The services' common ground. Clones are the same one.
 #[derive(Clone)]
@@ -28,7 +38,28 @@ pub struct Api {
     parts: Arc<Parts>,
     status: watch::Receiver<raft::Status>,
     scans: Arc<Semaphore>,
+    backups: Arc<Semaphore>,
+    budget: Budget,
 }
+
+/// Who asks, and until when the answer is of use.
+#[derive(Clone, Debug)]
+pub(super) struct Call {
+    pub(super) deadline: Instant,
+    pub(super) account: Account,
+}
+
+/// How much of the store a read may touch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Extent {
+    /// So little that it is read at once.
+    FewKeys,
+    /// So much that it is read away from the threads that serve everybody.
+    ManyKeys,
+}
+
+/// What was read, the revision it shows, and its room.
+pub(super) type Read<T> = (T, Revision, Permit);
 
 /// Whether a read may show old data.
 #[derive(Debug)]
@@ -52,7 +83,39 @@ impl Api {
     /// Takes the parts.
     pub fn new(parts: Parts) -> Self {
         let status = parts.node.watch_status();
-        Self { parts: Arc::new(parts), status, scans: Arc::new(Semaphore::new(SCANS_MAX)) }
+        let budget = Budget::new(Arc::clone(&parts.env.clock));
+        let [scans, backups] =
+            [SCANS_MAX, BACKUPS_MAX].map(|count| Arc::new(Semaphore::new(count)));
+        Self { parts: Arc::new(parts), status, scans, backups, budget }
+    }
+
+    /// Ends what would never end by itself, now and later: watches, renewals, waits for locks and for room.
+    pub(super) fn stop(&self) {
+        self.parts.hub.close();
+        self.budget.close();
+    }
+
+    /// Completes when [`Api::stop`] was called.
+    pub(super) async fn stopped(&self) {
+        self.parts.hub.closed().await;
+    }
+
+    pub(super) const fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
+    /// Who asks. A request that came over no connection of ours has an account of its own.
+    pub(super) fn call<T>(&self, request: &Request<T>) -> Call {
+        let account = request.extensions().get::<Account>().cloned();
+        Call {
+            deadline: self.deadline(request.metadata()),
+            account: account.unwrap_or_else(|| self.budget.open()),
+        }
+    }
+
+    /// A request of ours on behalf of a caller.
+    pub(super) fn own_call(&self, caller: &Account) -> Call {
+        Call { deadline: self.own_deadline(), account: caller.clone() }
     }
 
     pub(super) fn parts(&self) -> &Parts {
@@ -151,20 +214,74 @@ impl Api {
         self.parts.node.store().read().map_err(|error| store_failed(&error))
     }
 
-    /// Reads many keys away from the threads that serve everybody. Only so many at a time.
-    pub(super) async fn scan<T: Send + 'static>(
+    /// Reads what may be much, as soon as there is room for it. When the room that was free proves too small, what was read
+    /// is dropped and read again when there is more: nobody waits for room while holding some.
+    pub(super) async fn read<T: Send + 'static>(
         &self,
+        call: &Call,
+        freshness: &Freshness,
+        extent: Extent,
+        read: impl Fn(&ReadTxn, &Meter) -> Result<Result<T, Refusal>, ReadError>
+        + Clone
+        + Send
+        + 'static,
+    ) -> Result<Read<T>, Status> {
+        let mut bytes = match extent {
+            Extent::FewKeys => FIRST_BYTES_ONE_KEY,
+            Extent::ManyKeys => FIRST_BYTES_MANY_KEYS,
+        };
+        loop {
+            let permit = call.account.reserve(bytes, Some(call.deadline)).await?;
+            let meter = Meter::new(permit, bytes);
+            // Taken late, a view shows more than the barrier asks for, and keeps less of the past alive.
+            let (found, revision, meter) = match extent {
+                Extent::FewKeys => {
+                    let view = self.view(freshness)?;
+                    (read(&view, &meter), view.revision(), meter)
+                }
+                Extent::ManyKeys => {
+                    let slot = self.scan_slot(call).await?;
+                    let (view, read) = (self.view(freshness)?, read.clone());
+                    scan(slot, move || (read(&view, &meter), view.revision(), meter)).await?
+                }
+            };
+            match found {
+                Ok(found) => {
+                    let found = found.map_err(EtcdError::from)?;
+                    return Ok((found, revision, meter.into_permit()));
+                }
+                Err(ReadError::Store(error)) => return Err(store_failed(&error)),
+                Err(ReadError::NoRoom) if meter.is_absurd() => return Err(answer_too_large()),
+                Err(ReadError::NoRoom) => bytes = 2 * meter.used().max(bytes),
+            }
+        }
+    }
+
+    /// Reads much for an answer of a few bytes.
+    pub(super) async fn digest<T: Send + 'static>(
+        &self,
+        call: &Call,
         view: ReadTxn,
         read: impl FnOnce(&ReadTxn) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, Status> {
-        let permit = Arc::clone(&self.scans).acquire_owned().await;
-        let scan = tokio::task::spawn_blocking(move || {
-            let result = read(&view);
-            drop(permit);
-            result
-        });
-        let result = scan.await.map_err(|_| Status::from(EtcdError::Stopped))?;
-        result.map_err(|error| store_failed(&error))
+        let slot = self.scan_slot(call).await?;
+        scan(slot, move || read(&view)).await?.map_err(|error| store_failed(&error))
+    }
+
+    /// The right to scan. One connection gets fewer than there are, so that it cannot keep others from theirs.
+    pub(super) async fn scan_slot(&self, call: &Call) -> Result<ScanSlot, EtcdError> {
+        let acquire = |semaphore: Arc<Semaphore>| async {
+            semaphore.acquire_owned().await.map_err(|_closed| EtcdError::Stopped)
+        };
+        Ok(ScanSlot {
+            _of_account: acquire(call.account.scans()).await?,
+            _of_all: acquire(Arc::clone(&self.scans)).await?,
+        })
+    }
+
+    /// The right to make a backup, now or not at all.
+    pub(super) fn backup_slot(&self) -> Result<OwnedSemaphorePermit, EtcdError> {
+        Arc::clone(&self.backups).try_acquire_owned().map_err(|_full| EtcdError::TooManyRequests)
     }
 
     /// A learner answers only serializable ranges, its status and snapshots.
@@ -199,6 +316,32 @@ impl Api {
         }
         Err(EtcdError::NoSpace.into())
     }
+}
+
+/// The right to read many keys.
+#[derive(Debug)]
+pub(super) struct ScanSlot {
+    _of_account: OwnedSemaphorePermit,
+    _of_all: OwnedSemaphorePermit,
+}
+
+/// What grpc-go says of a message above its limit.
+fn answer_too_large() -> Status {
+    let max = limits::ANSWER_BYTES_LARGEST / 2;
+    Status::resource_exhausted(format!("grpc: trying to send message larger than max ({max})"))
+}
+
+/// Runs away from the threads that serve everybody.
+pub(super) async fn scan<T: Send + 'static>(
+    slot: ScanSlot,
+    read: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Status> {
+    let scan = tokio::task::spawn_blocking(move || {
+        let result = read();
+        drop(slot);
+        result
+    });
+    scan.await.map_err(|_| EtcdError::Stopped.into())
 }
 
 /// A reply that does not belong to the command that was proposed: a bug, but not one worth the process.

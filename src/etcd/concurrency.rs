@@ -10,14 +10,16 @@ use bytes::Bytes;
 use tonic::Status;
 
 use super::api::Api;
+use super::budget::{Account, Permit};
 use super::error::EtcdError;
+use super::watch::next_message;
 use crate::mvcc::KeyRange;
 use crate::proto::etcdserverpb as pb;
 use crate::proto::etcdserverpb::compare::{CompareTarget, TargetUnion};
 use crate::proto::etcdserverpb::range_request::{SortOrder, SortTarget};
 use crate::proto::etcdserverpb::request_op::Request;
 use crate::proto::etcdserverpb::response_op::Response;
-use crate::proto::mvccpb::KeyValue;
+use crate::proto::mvccpb::{Event, KeyValue};
 use crate::watch::{Body, Create, Options, WatchStream};
 
 /// Time of a lease made for a caller that brought none: etcd's session default.
@@ -152,19 +154,31 @@ impl Api {
     }
 
     /// Waits until nobody who came at or before `created` is left in the queue.
-    pub(super) async fn wait_for_turn(&self, queue: &Queue, created: i64) -> Result<(), Status> {
+    pub(super) async fn wait_for_turn(
+        &self,
+        queue: &Queue,
+        created: i64,
+        caller: &Account,
+    ) -> Result<(), Status> {
         loop {
-            let last = self.range(queue.last_until(created), self.own_deadline()).await?;
+            let last = self.range(queue.last_until(created), &self.own_call(caller)).await?.answer;
             let Some(before) = last.kvs.first() else { return Ok(()) };
-            let since = revision_of(last.header.as_ref());
-            self.wait_for_delete(&before.key, since + 1).await?;
+            let (key, since) = (before.key.clone(), revision_of(last.header.as_ref()));
+            // It may be long, and what was read is not needed for it.
+            drop(last);
+            self.wait_for_delete(key, since + 1, caller).await?;
         }
     }
 
-    async fn wait_for_delete(&self, key: &Bytes, start: i64) -> Result<(), Status> {
+    async fn wait_for_delete(
+        &self,
+        key: Bytes,
+        start: i64,
+        caller: &Account,
+    ) -> Result<(), Status> {
         let options = Options { no_put: true, ..Options::default() };
-        let events = self.follow(KeyRange::One(key.clone()), start, options)?;
-        while next_events(&events).await?.is_empty() {}
+        let events = self.follow(KeyRange::One(key), start, options)?;
+        while next_events(&events, caller).await?.0.is_empty() {}
         Ok(())
     }
 
@@ -181,14 +195,14 @@ impl Api {
     }
 
     /// Takes an entry out of its queue when the call that made it was abandoned or failed.
-    pub(super) async fn leave(&self, entry: Entry) {
+    pub(super) async fn leave(&self, entry: Entry, caller: &Account) {
         for _ in 0..CLEAN_UP_TRIES {
             let request = pb::TxnRequest {
                 compare: vec![created_at(&entry.key, entry.created)],
                 success: vec![delete(&entry.key)],
                 failure: vec![],
             };
-            match self.txn(request, self.own_deadline()).await {
+            match self.txn(request, &self.own_call(caller)).await {
                 Ok(_) => return,
                 Err(status) => {
                     tracing::debug!(reason = status.message(), "leaving a queue will be retried");
@@ -199,18 +213,21 @@ impl Api {
     }
 }
 
-/// The next events; none when the message was about something else.
+/// The next events and their room; none when the message was about something else.
 pub(super) async fn next_events(
     stream: &WatchStream<crate::mvcc::Store>,
-) -> Result<Vec<crate::proto::mvccpb::Event>, Status> {
-    let message =
-        stream.next().await.map_err(|error| Status::internal(format!("etcdserver: {error}")))?;
+    caller: &Account,
+) -> Result<(Vec<Event>, Permit), Status> {
+    let (message, permit) = next_message(stream, caller).await?;
     match message.body {
         Body::Events { parts, .. } => {
-            Ok(parts.iter().flat_map(|part| part.events().cloned().collect::<Vec<_>>()).collect())
+            let events = parts.iter().flat_map(|part| part.events().cloned().collect::<Vec<_>>());
+            Ok((events.collect(), permit))
         }
         Body::Compacted(_) => Err(EtcdError::Compacted.into()),
-        Body::Created | Body::Refused(_) | Body::Canceled | Body::Progress => Ok(Vec::new()),
+        Body::Created | Body::Refused(_) | Body::Canceled | Body::Progress => {
+            Ok((Vec::new(), permit))
+        }
     }
 }
 
@@ -219,12 +236,13 @@ pub(super) async fn next_events(
 #[derive(Debug)]
 pub(super) struct Waiting {
     api: Api,
+    caller: Account,
     entry: Option<Entry>,
 }
 
 impl Waiting {
-    pub(super) const fn new(api: Api, entry: Entry) -> Self {
-        Self { api, entry: Some(entry) }
+    pub(super) const fn new(api: Api, caller: Account, entry: Entry) -> Self {
+        Self { api, caller, entry: Some(entry) }
     }
 
     /// The turn has come: the entry stays.
@@ -238,8 +256,8 @@ impl Drop for Waiting {
         if let Some(entry) = self.entry.take()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
-            let api = self.api.clone();
-            runtime.spawn(async move { api.leave(entry).await });
+            let (api, caller) = (self.api.clone(), self.caller.clone());
+            runtime.spawn(async move { api.leave(entry, &caller).await });
         }
     }
 }

@@ -7,7 +7,9 @@ use http::{HeaderMap, StatusCode};
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Status};
 
+use super::answer;
 use super::api::Api;
+use super::budget::Account;
 use super::error::EtcdError;
 use crate::raft::Role;
 
@@ -19,6 +21,10 @@ const ELECTIONS_WITHOUT_LEADER: u32 = 3;
 
 /// Services that are etcd's own; health and reflection answer always.
 const SERVICES: [&str; 3] = ["/etcdserverpb.", "/v3lockpb.", "/v3electionpb."];
+
+/// The one service whose code is not ours and whose answers are large: all descriptors of a file and what it imports.
+const REFLECTION: &str = "/grpc.reflection.";
+const REFLECTION_BYTES: u64 = 256 << 10;
 
 /// What a learner answers. A range only if it is serializable, which is checked where it is read.
 const LEARNER_METHODS: [&str; 3] = [
@@ -39,12 +45,30 @@ pub(super) async fn gate(State(api): State<Api>, request: Request, next: Next) -
         return (StatusCode::NOT_FOUND, "404 page not found\n").into_response();
     }
     if let Err(error) = admit(&api, request.uri().path(), request.headers()) {
-        return Status::from(error).into_http::<tonic::body::Body>().into_response();
+        return refusal(error);
     }
     let path = request.uri().path().to_owned();
+    let reflection = path.starts_with(REFLECTION);
+    let room = match request.extensions().get::<Account>() {
+        Some(account) if reflection => {
+            let deadline = api.own_deadline();
+            match account.reserve(REFLECTION_BYTES, Some(deadline)).await {
+                Ok(room) => Some(room),
+                Err(error) => return refusal(error),
+            }
+        }
+        Some(_) | None => None,
+    };
     let mut response = next.run(request).await;
     word_as_etcd(response.headers_mut(), &path);
-    response
+    match room {
+        Some(room) => answer::charge_body(response, room),
+        None => answer::unwrap_body(response),
+    }
+}
+
+fn refusal(error: EtcdError) -> Response {
+    Status::from(error).into_http::<tonic::body::Body>().into_response()
 }
 
 fn is_grpc(headers: &HeaderMap) -> bool {

@@ -6,16 +6,20 @@
 use std::pin::Pin;
 use std::time::Instant;
 
+use bytes::Bytes;
 use futures_util::FutureExt as _;
 use futures_util::stream::{self, Stream};
+use prost::Message as _;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::api::{Api, wrong_reply};
+use super::answer::{Held, Meter};
+use super::api::{Api, Call, Extent, wrong_reply};
 use super::error::{EtcdError, store_failed};
 use super::{gate, validate};
-use crate::apply::Reply;
+use crate::apply::{ReadError, Reply, Room as _};
 use crate::command::{Command, lease_id_from};
 use crate::lease::RenewError;
+use crate::mvcc::ReadTxn;
 use crate::proto::etcdserverpb as pb;
 use crate::proto::etcdserverpb::lease_server::Lease;
 use crate::raft::Role;
@@ -122,50 +126,69 @@ impl Api {
         }
     }
 
-    /// Answers for a lease of this leader. Also what another member's question ends in.
+    /// Answers for a lease of this leader: what another member's question ends in.
     pub async fn time_to_live_here(
         &self,
         request: &pb::LeaseTimeToLiveRequest,
         deadline: Instant,
     ) -> Result<pb::LeaseTimeToLiveResponse, Status> {
-        let freshness = self.barrier(deadline).await?;
-        let view = self.view(&freshness)?;
+        let call = Call { deadline, account: self.budget().open() };
+        Ok(self.own_time_to_live(request, &call).await?.answer)
+    }
+
+    async fn own_time_to_live(
+        &self,
+        request: &pb::LeaseTimeToLiveRequest,
+        call: &Call,
+    ) -> Result<Held<pb::LeaseTimeToLiveResponse>, Status> {
+        let freshness = self.barrier(call.deadline).await?;
         let id = LeaseId::new(request.id);
-        let header = self.header_at(view.revision());
-        let mut response =
+        let header = self.header_at(self.view(&freshness)?.revision());
+        let mut answer =
             pb::LeaseTimeToLiveResponse { header, id: request.id, ..Default::default() };
         match self.parts().leases.lease(id) {
             Some(lease) => {
-                response.ttl = lease.remaining_secs;
-                response.granted_ttl = lease.ttl_secs;
-                if request.keys {
-                    response.keys = self.scan(view, move |view| view.lease_keys(id)).await?;
-                }
+                answer.ttl = lease.remaining_secs;
+                answer.granted_ttl = lease.ttl_secs;
             }
-            None if self.parts().leases.leads() => response.ttl = NO_SUCH_LEASE,
+            None if self.parts().leases.leads() => answer.ttl = NO_SUCH_LEASE,
             None => return Err(EtcdError::LeaderChanged.into()),
         }
-        Ok(response)
+        if !request.keys || answer.ttl == NO_SUCH_LEASE {
+            return Ok(Held { answer, permit: None });
+        }
+        let keys = move |view: &ReadTxn, room: &Meter| {
+            let keys = view.lease_keys(id)?;
+            let bytes = keys.iter().map(|key| 2 * key.len() + size_of::<Bytes>()).sum();
+            if room.keep(bytes) { Ok(Ok(keys)) } else { Err(ReadError::NoRoom) }
+        };
+        let (keys, _, permit) = self.read(call, &freshness, Extent::ManyKeys, keys).await?;
+        answer.keys = keys;
+        Ok(Held::new(answer, permit))
     }
 
     async fn time_to_live(
         &self,
         request: pb::LeaseTimeToLiveRequest,
-        deadline: Instant,
-    ) -> Result<pb::LeaseTimeToLiveResponse, Status> {
+        call: &Call,
+    ) -> Result<Held<pb::LeaseTimeToLiveResponse>, Status> {
         match (self.keeper()?, &self.parts().leader_leases) {
-            (Keeper::Here, _) => self.time_to_live_here(&request, deadline).await,
+            (Keeper::Here, _) => self.own_time_to_live(&request, call).await,
             (Keeper::There(leader), Some(leases)) => {
                 let revision = self.revision()?;
-                let mut response = leases.time_to_live(leader, request, deadline).await?;
-                response.header = self.header_at(revision);
-                Ok(response)
+                let mut answer = leases.time_to_live(leader, request, call.deadline).await?;
+                answer.header = self.header_at(revision);
+                let permit = call.account.reserve(answer.encoded_len() as u64, None).await?;
+                Ok(Held::new(answer, permit))
             }
             (Keeper::There(_), None) => Err(EtcdError::LeaderChanged.into()),
         }
     }
 
-    fn leases(&self) -> Result<pb::LeaseLeasesResponse, Status> {
+    async fn leases(&self, call: &Call) -> Result<Held<pb::LeaseLeasesResponse>, Status> {
+        const BYTES_PER_LEASE: u64 = 64;
+        let bytes = self.parts().leases.statistics().alive as u64 * BYTES_PER_LEASE;
+        let permit = call.account.reserve(bytes, Some(call.deadline)).await?;
         let view = self.view(&super::api::Freshness::Serializable)?;
         let ids = if self.parts().leases.leads() {
             self.parts().leases.leases()
@@ -174,7 +197,8 @@ impl Api {
             records.into_iter().map(|record| record.id).collect()
         };
         let leases = ids.into_iter().map(|id| pb::LeaseStatus { id: id.get() }).collect();
-        Ok(pb::LeaseLeasesResponse { header: self.header_at(view.revision()), leases })
+        let header = self.header_at(view.revision());
+        Ok(Held::new(pb::LeaseLeasesResponse { header, leases }, permit))
     }
 }
 
@@ -218,23 +242,35 @@ impl Lease for LeaseService {
     ) -> Result<Response<KeepAlives>, Status> {
         let api = self.0.clone();
         let needs_leader = gate::needs_leader(request.metadata());
-        let requests = request.into_inner();
-        let lost = if needs_leader {
+        let end = {
             let api = api.clone();
-            async move { gate::leader_lost(&api).await }.boxed()
-        } else {
-            std::future::pending().boxed()
-        };
-        let answers =
-            stream::try_unfold((api, requests, lost), |(api, mut requests, mut lost)| async move {
-                let request = tokio::select! {
-                    request = requests.message() => request?,
-                    () = &mut lost => return Err(EtcdError::NoLeader.into()),
+            async move {
+                let lost = async {
+                    if needs_leader {
+                        gate::leader_lost(&api).await;
+                    } else {
+                        std::future::pending().await
+                    }
                 };
-                let Some(request) = request else { return Ok(None) };
-                let response = api.keep_alive(request).await?;
-                Ok(Some((response, (api, requests, lost))))
-            });
+                tokio::select! {
+                    () = lost => EtcdError::NoLeader,
+                    () = api.stopped() => EtcdError::Stopped,
+                }
+            }
+        };
+        let state = (api, request.into_inner(), end.boxed());
+        let answers = stream::try_unfold(state, |(api, mut requests, mut end)| async move {
+            let request = tokio::select! {
+                request = requests.message() => request?,
+                error = &mut end => return Err(error.into()),
+            };
+            let Some(request) = request else { return Ok(None) };
+            let response = tokio::select! {
+                response = api.keep_alive(request) => response?,
+                error = &mut end => return Err(error.into()),
+            };
+            Ok(Some((response, (api, requests, end))))
+        });
         Ok(Response::new(Box::pin(answers)))
     }
 
@@ -242,14 +278,15 @@ impl Lease for LeaseService {
         &self,
         request: Request<pb::LeaseTimeToLiveRequest>,
     ) -> Result<Response<pb::LeaseTimeToLiveResponse>, Status> {
-        let deadline = self.0.deadline(request.metadata());
-        Ok(Response::new(self.0.time_to_live(request.into_inner(), deadline).await?))
+        let call = self.0.call(&request);
+        Ok(self.0.time_to_live(request.into_inner(), &call).await?.respond())
     }
 
     async fn lease_leases(
         &self,
-        _request: Request<pb::LeaseLeasesRequest>,
+        request: Request<pb::LeaseLeasesRequest>,
     ) -> Result<Response<pb::LeaseLeasesResponse>, Status> {
-        Ok(Response::new(self.0.leases()?))
+        let call = self.0.call(&request);
+        Ok(self.0.leases(&call).await?.respond())
     }
 }

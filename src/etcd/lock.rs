@@ -4,6 +4,7 @@ use bytes::Bytes;
 use tonic::{Request, Response, Status};
 
 use super::api::Api;
+use super::budget::Account;
 use super::concurrency::{Entry, Queue, Waiting, created_at, get, kvs, op, put, revision_of};
 use super::error::{EtcdError, through_own_client};
 use crate::proto::etcdserverpb as pb;
@@ -26,12 +27,16 @@ fn join(queue: &Queue, key: &Bytes, lease: i64) -> pb::TxnRequest {
 }
 
 impl LockService {
-    async fn acquire(&self, request: LockRequest) -> Result<LockResponse, Status> {
+    async fn acquire(
+        &self,
+        request: LockRequest,
+        caller: &Account,
+    ) -> Result<LockResponse, Status> {
         let api = &self.0;
         let lease = api.session(request.lease).await?;
         let queue = Queue::new(&request.name);
         let key = queue.key(lease);
-        let joined = api.txn(join(&queue, &key, lease), api.own_deadline()).await?;
+        let joined = api.txn(join(&queue, &key, lease), &api.own_call(caller)).await?.answer;
         let created = if joined.succeeded {
             revision_of(joined.header.as_ref())
         } else {
@@ -41,10 +46,11 @@ impl LockService {
         if owner.is_none_or(|owner| owner.create_revision == created) {
             return Ok(LockResponse { header: joined.header, key });
         }
-        let waiting = Waiting::new(api.clone(), Entry { key: key.clone(), created });
-        api.wait_for_turn(&queue, created - 1).await?;
+        let waiting =
+            Waiting::new(api.clone(), caller.clone(), Entry { key: key.clone(), created });
+        api.wait_for_turn(&queue, created - 1, caller).await?;
         // The lease may have run out meanwhile, and the lock with it.
-        let mine = api.range(get(&key), api.own_deadline()).await?;
+        let mine = api.range(get(&key), &api.own_call(caller)).await?.answer;
         if mine.kvs.is_empty() {
             return Err(EtcdError::SessionExpired.into());
         }
@@ -56,7 +62,8 @@ impl LockService {
 #[tonic::async_trait]
 impl Lock for LockService {
     async fn lock(&self, request: Request<LockRequest>) -> Result<Response<LockResponse>, Status> {
-        let acquired = self.acquire(request.into_inner()).await;
+        let caller = self.0.call(&request).account;
+        let acquired = self.acquire(request.into_inner(), &caller).await;
         acquired.map(Response::new).map_err(|status| through_own_client(&status))
     }
 
@@ -64,10 +71,11 @@ impl Lock for LockService {
         &self,
         request: Request<UnlockRequest>,
     ) -> Result<Response<UnlockResponse>, Status> {
+        let call = self.0.own_call(&self.0.call(&request).account);
         let key = request.into_inner().key;
         let delete = pb::DeleteRangeRequest { key, ..Default::default() };
-        let deleted = self.0.delete_range(delete, self.0.own_deadline()).await;
-        let deleted = deleted.map_err(|status| through_own_client(&status))?;
+        let deleted = self.0.delete_range(delete, &call).await;
+        let deleted = deleted.map_err(|status| through_own_client(&status))?.answer;
         Ok(Response::new(UnlockResponse { header: deleted.header }))
     }
 }

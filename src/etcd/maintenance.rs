@@ -1,14 +1,14 @@
 //! The Maintenance service: status, alarms, hashes, backups, the move of leadership.
 
 use std::io::Read;
-use std::pin::Pin;
 use std::time::Instant;
 
-use futures_util::stream::{self, Stream};
+use futures_util::stream;
 use sha2::{Digest, Sha256};
 use tonic::{Request, Response, Status};
 
-use super::api::{Api, wrong_reply};
+use super::answer::{self, NoMessages};
+use super::api::{Api, Call, wrong_reply};
 use super::error::{EtcdError, store_failed};
 use super::{Backup, CLUSTER_VERSION, VERSION};
 use crate::apply::Reply;
@@ -92,11 +92,11 @@ impl Api {
         })
     }
 
-    async fn hash_kv(&self, at: i64) -> Result<pb::HashKvResponse, Status> {
+    async fn hash_kv(&self, at: i64, call: &Call) -> Result<pb::HashKvResponse, Status> {
         let view = self.view(&super::api::Freshness::Serializable)?;
         let header = self.header_at(view.revision());
         let at = (0 < at).then(|| Revision::new(at));
-        let hashed = self.scan(view, move |view| view.hash_kv(at)).await?;
+        let hashed = self.digest(call, view, move |view| view.hash_kv(at)).await?;
         let (hash, compacted, hashed_at) = hashed.map_err(EtcdError::from)?;
         Ok(pb::HashKvResponse {
             header,
@@ -175,9 +175,7 @@ fn is_version(text: &str) -> bool {
     (2..=3).contains(&parts.len()) && parts.iter().all(number)
 }
 
-type Blobs = Pin<Box<dyn Stream<Item = Result<pb::SnapshotResponse, Status>> + Send>>;
-
-/// A backup on its way: each blob is read when the client takes it, so a slow one holds no thread.
+/// A backup on its way: each blob is read when the client takes it.
 enum Sending {
     Data { backup: Backup, left: u64, hash: Sha256 },
     Hash(Sha256),
@@ -234,7 +232,7 @@ async fn off_thread<T: Send + 'static>(
 
 #[tonic::async_trait]
 impl Maintenance for MaintenanceService {
-    type SnapshotStream = Blobs;
+    type SnapshotStream = NoMessages<pb::SnapshotResponse>;
 
     async fn alarm(
         &self,
@@ -262,9 +260,10 @@ impl Maintenance for MaintenanceService {
 
     async fn hash(
         &self,
-        _request: Request<pb::HashRequest>,
+        request: Request<pb::HashRequest>,
     ) -> Result<Response<pb::HashResponse>, Status> {
-        let pb::HashKvResponse { header, hash, .. } = self.0.hash_kv(0).await?;
+        let call = self.0.call(&request);
+        let pb::HashKvResponse { header, hash, .. } = self.0.hash_kv(0, &call).await?;
         Ok(Response::new(pb::HashResponse { header, hash }))
     }
 
@@ -272,19 +271,26 @@ impl Maintenance for MaintenanceService {
         &self,
         request: Request<pb::HashKvRequest>,
     ) -> Result<Response<pb::HashKvResponse>, Status> {
-        Ok(Response::new(self.0.hash_kv(request.into_inner().revision).await?))
+        let call = self.0.call(&request);
+        Ok(Response::new(self.0.hash_kv(request.into_inner().revision, &call).await?))
     }
 
     async fn snapshot(
         &self,
-        _request: Request<pb::SnapshotRequest>,
-    ) -> Result<Response<Blobs>, Status> {
+        request: Request<pb::SnapshotRequest>,
+    ) -> Result<Response<Self::SnapshotStream>, Status> {
+        let account = self.0.call(&request).account;
+        let slot = self.0.backup_slot()?;
         let source = self.0.parts().backup.clone();
         let backup = off_thread("snapshot", move || source()).await?;
-        let blobs = stream::try_unfold(Sending::start(backup), |sending| {
-            off_thread("snapshot", move || sending.step())
-        });
-        Ok(Response::new(Box::pin(blobs)))
+        let sending = (Sending::start(backup), account, slot);
+        Ok(answer::stream(stream::try_unfold(sending, |(sending, account, slot)| async move {
+            let permit = account.reserve(BLOB_BYTES as u64, None).await?;
+            let blob = off_thread("snapshot", move || sending.step()).await?;
+            Ok(blob.map(|(blob, sending)| {
+                (answer::frame(vec![blob], permit), (sending, account, slot))
+            }))
+        })))
     }
 
     async fn move_leader(

@@ -6,12 +6,14 @@
 //! to propose. One file a service: `kv` (with `range_stream`), `watch`, `lease`, `cluster`, `maintenance`, `auth`,
 //! `lock`, `election`, and `admin` for our own commands. `validate` and `error` hold what is decided about requests and answers without a node.
 //! [`serve`] puts them on connections, behind `gate`; `http` answers `/version` and `/health` on the same port.
+//! `budget` bounds the memory of answers, and `answer` carries it with their bytes.
 //! [`Leases`] runs the lease clocks and must be fed by the apply path, as [`crate::watch::Hub`] must.
 //!
 //! # Invariants
 //!
 //! - A reply to a write is sent only for an outcome that the node returned: durable on a majority and applied.
 //! - A linearizable read is served only with a [`crate::raft::ReadBarrier`] in hand.
+//! - An answer of more than a few bytes is not made before there is room for it.
 //! - Nothing is logged per request above DEBUG.
 //!
 //! # Not here
@@ -22,8 +24,10 @@ pub mod error;
 pub mod validate;
 
 mod admin;
+mod answer;
 mod api;
 mod auth;
+mod budget;
 mod cluster;
 mod concurrency;
 mod election;

@@ -9,30 +9,32 @@
 //! - Keys ascend, none is repeated or missing.
 //! - Header, `more` and `count` are on the last piece only.
 
-use std::pin::Pin;
-use std::time::Instant;
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::stream::{self, Stream};
 use prost::Message;
 use tonic::Status;
 
-use super::api::{Api, Freshness};
-use super::error::EtcdError;
+use super::answer;
+use super::api::{Api, Call, Freshness};
+use super::budget::Permit;
 use super::validate;
-use crate::apply::{self, Operations};
+use crate::apply::Operations;
 use crate::proto::etcdserverpb as pb;
 use crate::proto::etcdserverpb::range_request::{SortOrder, SortTarget};
 
 /// Keys in the first piece, before anything is known of their size.
 const FIRST_KEYS: i64 = 10;
 
-pub(super) type RangeChunks =
-    Pin<Box<dyn Stream<Item = Result<pb::RangeStreamResponse, Status>> + Send>>;
+/// A call's deadline is for its beginning. After that a client may take its time, and other streams of its connection
+/// may be in the way; it hangs up when it has waited enough.
+const PIECE_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// Where a stream stands.
 struct Cursor {
     api: Api,
+    call: Call,
     /// The range that is left; its limit is what is left of the client's, its revision that of the first piece.
     request: pb::RangeRequest,
     freshness: Freshness,
@@ -45,24 +47,24 @@ struct Cursor {
 pub(super) async fn open(
     api: Api,
     request: pb::RangeRequest,
-    deadline: Instant,
-) -> Result<RangeChunks, Status> {
+    call: Call,
+) -> Result<impl Stream<Item = Result<Bytes, Status>> + Send + 'static, Status> {
     validate::range(&request)?;
     if !is_plain(&request) {
         return Err(Status::unimplemented(
             "etcdserver: range stream with a sort order or revision filters is not supported",
         ));
     }
-    let freshness = api.freshness(request.serializable, deadline).await?;
+    let freshness = api.freshness(request.serializable, call.deadline).await?;
     api.parts().node.count(Operations::RANGE);
     let pieces = Pieces::new(api.settings().request_bytes_max);
-    let cursor = Cursor { api, request, freshness, pieces, count: None };
-    Ok(Box::pin(stream::try_unfold(Some(cursor), |cursor| async move {
+    let cursor = Cursor { api, call, request, freshness, pieces, count: None };
+    Ok(stream::try_unfold(Some(cursor), |cursor| async move {
         match cursor {
             Some(cursor) => cursor.piece().await.map(Some),
             None => Ok(None),
         }
-    })))
+    }))
 }
 
 /// Only the natural order can be cut into pieces.
@@ -81,13 +83,14 @@ fn is_plain(request: &pb::RangeRequest) -> bool {
 }
 
 impl Cursor {
-    async fn piece(mut self) -> Result<(pb::RangeStreamResponse, Option<Self>), Status> {
+    /// The next piece, read when the one before is on its way.
+    async fn piece(mut self) -> Result<(Bytes, Option<Self>), Status> {
         let keys = self.pieces.keys(self.request.limit);
         let request = pb::RangeRequest { limit: keys, ..self.request.clone() };
-        let view = self.api.view(&self.freshness)?;
-        let revision = view.revision();
-        let read = self.api.scan(view, move |view| apply::range(view, &request)).await?;
-        let mut response = read.map_err(EtcdError::from)?;
+        let deadline = self.api.now() + PIECE_TIMEOUT;
+        let call = Call { deadline, ..self.call.clone() };
+        let read = self.api.read_range(request, &self.freshness, &call).await?;
+        let (mut response, revision, permit) = read;
 
         if self.request.revision <= 0 {
             self.request.revision = revision.get();
@@ -98,11 +101,11 @@ impl Cursor {
             self.advance(&response);
             response.more = false;
             response.count = 0;
-            return Ok((wrap(response), Some(self)));
+            return Ok((wrap(response, permit), Some(self)));
         }
         response.count = count;
         response.header = self.api.header_at(revision);
-        Ok((wrap(response), None))
+        Ok((wrap(response, permit), None))
     }
 
     fn advance(&mut self, sent: &pb::RangeResponse) {
@@ -117,8 +120,8 @@ impl Cursor {
     }
 }
 
-fn wrap(response: pb::RangeResponse) -> pb::RangeStreamResponse {
-    pb::RangeStreamResponse { range_response: Some(response) }
+fn wrap(response: pb::RangeResponse, permit: Permit) -> Bytes {
+    answer::frame(vec![pb::RangeStreamResponse { range_response: Some(response) }], permit)
 }
 
 /// The first key after this one.

@@ -2,15 +2,19 @@
 //!
 //! # Invariants
 //!
-//! - What one connection can make us hold is bounded: streams, header bytes, reset streams, message size.
+//! - What one connection can make us hold is bounded: streams, header bytes, reset streams, message size, and the answers
+//!   that it has not read (`budget`).
 
 use std::future::Future;
 use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
 use axum::middleware;
-use futures_util::stream::Stream;
+use futures_util::stream::{Stream, StreamExt as _};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Notify;
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
@@ -18,6 +22,7 @@ use tonic::transport::server::Connected;
 use super::admin::AdminService;
 use super::api::Api;
 use super::auth::AuthService;
+use super::budget::Observed;
 use super::cluster::ClusterService;
 use super::election::ElectionService;
 use super::kv::KvService;
@@ -49,6 +54,9 @@ const LOCAL_RESETS_MAX: usize = 1_024;
 const STREAM_WINDOW_BYTES: u32 = 256 << 10;
 const CONNECTION_WINDOW_BYTES: u32 = 2 << 20;
 
+/// How long calls under way, and clients that do not read, may hold up the end.
+const LINGER: Duration = Duration::from_millis(1_500);
+
 /// Why serving ended before it was asked to.
 #[derive(Debug, Error)]
 pub enum ServeError {
@@ -60,7 +68,8 @@ pub enum ServeError {
     Transport(#[from] tonic::transport::Error),
 }
 
-/// Serves clients until `shutdown`, and then until the calls under way are done.
+/// Serves clients until `shutdown`, and then until the calls under way are done. Streams that have no end of their own are
+/// ended then, so that this does not take long unless a client does not read.
 ///
 /// `incoming` yields accepted connections, after TLS where there is TLS. An error in it is one failed
 /// connection, not the end. `around` puts layers of the caller, such as counters, around
@@ -75,8 +84,20 @@ where
     IO: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
     let settings = *api.settings();
+    let budget = api.budget().clone();
+    let accounts = budget.clone();
+    let incoming = incoming.map(move |io| io.map(|io| Observed::new(io, accounts.open())));
+    let stopping = api.clone();
+    let begun = Arc::new(Notify::new());
+    let stopped = Arc::clone(&begun);
+    let shutdown = async move {
+        shutdown.await;
+        stopping.stop();
+        stopped.notify_one();
+    };
+    let clock = Arc::clone(&api.parts().env.clock);
     let routes = Routes::from(around(routes(&api).await?));
-    Server::builder()
+    let served = Server::builder()
         .accept_http1(true)
         .max_concurrent_streams(settings.concurrent_streams_max)
         .http2_keepalive_interval(Some(settings.keepalive_interval))
@@ -87,9 +108,17 @@ where
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .add_routes(routes)
-        .serve_with_incoming_shutdown(incoming, shutdown)
-        .await?;
-    Ok(())
+        .serve_with_incoming_shutdown(incoming, shutdown);
+    let cut = async {
+        begun.notified().await;
+        clock.sleep(LINGER).await;
+        budget.end_connections();
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        served = served => Ok(served?),
+        () = cut => unreachable!("connections that end end the serving"),
+    }
 }
 
 /// Every service, behind the gate.

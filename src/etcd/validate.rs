@@ -6,7 +6,7 @@
 //! # Invariants
 //!
 //! - Recursion is bounded: transactions nested deeper than [`TXN_DEPTH_MAX`] are refused like ones with too many
-//!   operations. (Protobuf decoding itself stops at 100 nested messages, which is 50 transactions.)
+//!   operations, here or already by the protobuf decoder (`gate` words that refusal).
 //! - Cost is about linear in the request: the operation count is checked before overlaps are.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -210,6 +210,64 @@ pub fn is_serializable(request: &pb::TxnRequest) -> bool {
 fn put_cost(request: &pb::PutRequest) -> u64 {
     const KEY_VALUE_OVERHEAD: u64 = 256;
     KEY_VALUE_OVERHEAD + request.key.len() as u64 + request.value.len() as u64
+}
+
+/// What a write answers beside its header, as ranges of the state before it: what it asks to get, and what it asks to
+/// be told of what was there. Of a transaction both branches, because which is taken is not known before.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Previous {
+    /// The ranges.
+    pub ranges: Vec<pb::RangeRequest>,
+}
+
+impl Previous {
+    /// Of a put.
+    pub fn of_put(request: &pb::PutRequest) -> Self {
+        let mut all = Self::default();
+        all.add_put(request);
+        all
+    }
+
+    /// Of a delete.
+    pub fn of_delete(request: &pb::DeleteRangeRequest) -> Self {
+        let mut all = Self::default();
+        all.add_delete(request);
+        all
+    }
+
+    /// Of a transaction.
+    pub fn of_txn(request: &pb::TxnRequest) -> Self {
+        let mut all = Self::default();
+        all.add_txn(request);
+        all
+    }
+
+    fn add_put(&mut self, request: &pb::PutRequest) {
+        if request.prev_kv {
+            let key = request.key.clone();
+            self.ranges.push(pb::RangeRequest { key, ..Default::default() });
+        }
+    }
+
+    fn add_delete(&mut self, request: &pb::DeleteRangeRequest) {
+        if request.prev_kv {
+            let (key, range_end) = (request.key.clone(), request.range_end.clone());
+            self.ranges.push(pb::RangeRequest { key, range_end, ..Default::default() });
+        }
+    }
+
+    /// As deep as the request, whose nesting was checked.
+    fn add_txn(&mut self, request: &pb::TxnRequest) {
+        for op in request.success.iter().chain(&request.failure) {
+            match &op.request {
+                Some(Request::RequestRange(range)) => self.ranges.push(range.clone()),
+                Some(Request::RequestPut(put)) => self.add_put(put),
+                Some(Request::RequestDeleteRange(delete)) => self.add_delete(delete),
+                Some(Request::RequestTxn(nested)) => self.add_txn(nested),
+                None => {}
+            }
+        }
+    }
 }
 
 /// Bytes a request may add to the store; 0 for one that adds none.

@@ -97,29 +97,33 @@ fn nested_transactions_share_the_budget_of_their_level() {
     assert_eq!(txn(&request, OPS_MAX), Err(EtcdError::TooManyOps));
 }
 
-#[test]
-fn deep_nesting_is_refused_before_it_costs_stack() {
-    let mut nest = vec![get_op("k")];
-    for _ in 0..TXN_DEPTH_MAX - 1 {
-        nest = vec![txn_op(nest, vec![])];
+/// A transaction with this many levels, and an operation in the innermost.
+fn nested(levels: usize) -> pb::TxnRequest {
+    let mut success = vec![put_op("k")];
+    for _ in 1..levels {
+        success = vec![txn_op(success, vec![])];
     }
-    assert_eq!(check(nest.clone()), Ok(()));
-    assert_eq!(check(vec![txn_op(nest, vec![])]), Err(EtcdError::TooManyOps));
+    pb::TxnRequest { success, ..Default::default() }
 }
 
 #[test]
-fn protobuf_decoding_stops_at_deep_nesting() {
-    let mut encoded = Vec::new();
-    for _ in 0..2_000 {
-        let mut txn = vec![0x12];
-        let mut op = vec![0x22];
-        prost::encode_length_delimiter(encoded.len(), &mut op).unwrap();
-        op.extend(&encoded);
-        prost::encode_length_delimiter(op.len(), &mut txn).unwrap();
-        txn.extend(&op);
-        encoded = txn;
+fn deep_nesting_is_refused_before_it_costs_stack() {
+    assert_eq!(txn(&nested(TXN_DEPTH_MAX), OPS_MAX), Ok(()));
+    assert_eq!(txn(&nested(TXN_DEPTH_MAX + 1), usize::MAX), Err(EtcdError::TooManyOps));
+    // The count of operations, as in etcd, where somebody lowered it.
+    assert_eq!(txn(&nested(8), 8), Ok(()));
+    assert_eq!(txn(&nested(9), 8), Err(EtcdError::TooManyOps));
+}
+
+/// The limit is the decoder's, not one level less: what may be nested is what can be read back from the log.
+#[test]
+fn protobuf_decoding_stops_where_validation_does() {
+    let decode = |levels| pb::TxnRequest::decode(nested(levels).encode_to_vec().as_slice());
+    assert_eq!(decode(TXN_DEPTH_MAX), Ok(nested(TXN_DEPTH_MAX)));
+    for levels in [TXN_DEPTH_MAX + 1, 129, 2_000] {
+        let refused = decode(levels).unwrap_err().to_string();
+        assert!(refused.ends_with("recursion limit reached"), "{levels}: {refused}");
     }
-    assert!(pb::TxnRequest::decode(encoded.as_slice()).is_err());
 }
 
 #[test]
@@ -229,6 +233,11 @@ fn cost_is_that_of_the_dearer_branch_with_nested_puts() {
         compare: vec![],
     };
     assert_eq!(request.cost(), 2 * put_cost);
+    let deep = pb::TxnRequest {
+        failure: vec![txn_op(vec![], vec![txn_op(vec![get_op("a")], vec![put_op("abc")])])],
+        ..Default::default()
+    };
+    assert_eq!(deep.cost(), put_cost);
     let deletes = pb::TxnRequest { success: vec![delete_op("a", "")], ..Default::default() };
     assert_eq!(deletes.cost(), 0);
 }

@@ -3,18 +3,23 @@
 //! # Invariants
 //!
 //! - While the client does not read, its requests are not read either: what it can make us queue is bounded.
+//! - A message is taken from its queue, and history is read, only when there is room for it.
 //! - A stream that asked for a leader ends with "no leader" when there has been none for three elections.
 
 use std::future;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::FutureExt as _;
+use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::api::Api;
+use super::answer::{self, NoMessages};
+use super::api::{Api, Call, scan};
+use super::budget::{Account, Permit};
 use super::error::{EtcdError, store_failed};
 use super::gate;
 use crate::limits::GRPC_OVERHEAD_BYTES;
@@ -24,7 +29,7 @@ use crate::proto::etcdserverpb::watch_request::RequestUnion;
 use crate::proto::etcdserverpb::watch_server::Watch;
 use crate::watch::{Body, Create, Message, WatchError, WatchStream, fragments, response};
 
-/// Messages handed to gRPC before it asks for more. Bytes are bounded by the hub.
+/// Messages handed to gRPC before it asks for more. Their bytes are accounted for.
 const OUTBOX_MESSAGES: usize = 4;
 
 /// Requests wait while so much is queued for the client.
@@ -32,6 +37,10 @@ const BACKLOG_BYTES_MAX: u64 = 256 << 10;
 
 /// Previous versions looked up without leaving the task; more go to the blocking pool.
 const INLINE_LOOKUPS_MAX: usize = 8;
+
+/// A message may turn out larger than it was thought to be, by what `prev_kv` adds. It then waits for more room while it has
+/// some, so not for long: the stream ends, and the client goes on where it was with another one.
+const MORE_ROOM_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// etcd's shortest progress interval.
 const PROGRESS_INTERVAL_MIN: Duration = Duration::from_millis(100);
@@ -42,7 +51,7 @@ pub(super) struct WatchService(pub(super) Api);
 
 #[tonic::async_trait]
 impl Watch for WatchService {
-    type WatchStream = ReceiverStream<Result<pb::WatchResponse, Status>>;
+    type WatchStream = NoMessages<pb::WatchResponse>;
 
     async fn watch(
         &self,
@@ -54,19 +63,37 @@ impl Watch for WatchService {
         let session = Session {
             stream: api.parts().hub.open(api.parts().node.store().clone()),
             store: api.parts().node.store().clone(),
+            call: api.call(&request),
             api,
             outbox,
         };
         tokio::spawn(session.run(request.into_inner(), needs_leader));
-        Ok(Response::new(ReceiverStream::new(responses)))
+        Ok(answer::stream(ReceiverStream::new(responses)))
+    }
+}
+
+/// The next message of a stream, and its room.
+pub(super) async fn next_message(
+    stream: &WatchStream<Store>,
+    caller: &Account,
+) -> Result<(Message, Permit), Status> {
+    loop {
+        let bytes = stream.upcoming().await.map_err(|error| stream_failed(&error))?;
+        // Once as it is, once encoded.
+        let permit = caller.reserve(2 * bytes, None).await?;
+        let message = stream.take().await.map_err(|error| stream_failed(&error))?;
+        if let Some(message) = message {
+            return Ok((message, permit));
+        }
     }
 }
 
 struct Session {
     api: Api,
+    call: Call,
     store: Store,
     stream: WatchStream<Store>,
-    outbox: mpsc::Sender<Result<pb::WatchResponse, Status>>,
+    outbox: mpsc::Sender<Result<Bytes, Status>>,
 }
 
 impl Session {
@@ -97,9 +124,9 @@ impl Session {
         loop {
             let listen = self.stream.backlog() < BACKLOG_BYTES_MAX;
             tokio::select! {
-                message = self.stream.next() => {
-                    let message = message.map_err(|error| stream_failed(&error))?;
-                    if !self.send(message).await? {
+                message = next_message(&self.stream, &self.call.account) => {
+                    let (message, permit) = message?;
+                    if !self.send(message, permit).await? {
                         return Ok(());
                     }
                 }
@@ -137,21 +164,25 @@ impl Session {
     }
 
     /// `false` when the client is gone.
-    async fn send(&self, message: Message) -> Result<bool, Status> {
+    async fn send(&self, message: Message, mut permit: Permit) -> Result<bool, Status> {
         let fragment = matches!(&message.body, Body::Events { options, .. } if options.fragment);
         let response = self.response(message).await?;
+        let bytes = response.encoded_len() as u64;
+        if !permit.grow(bytes) {
+            let deadline = self.api.now() + MORE_ROOM_TIMEOUT;
+            let more = self.call.account.reserve(bytes, Some(deadline)).await;
+            // What the client may take for a lost connection.
+            let more = more.map_err(|_| EtcdError::TimedOut)?;
+            permit.settle(bytes);
+            drop(more);
+        }
         let pieces = if fragment {
             let overhead = super::usize_from(GRPC_OVERHEAD_BYTES);
             fragments(response, self.api.settings().request_bytes_max.saturating_add(overhead))
         } else {
             vec![response]
         };
-        for piece in pieces {
-            if self.outbox.send(Ok(piece)).await.is_err() {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        Ok(self.outbox.send(Ok(answer::frame(pieces, permit))).await.is_ok())
     }
 
     async fn response(&self, message: Message) -> Result<pb::WatchResponse, Status> {
@@ -160,9 +191,8 @@ impl Session {
             with_previous(&self.store, message, header)
         } else {
             let store = self.store.clone();
-            tokio::task::spawn_blocking(move || with_previous(&store, message, header))
-                .await
-                .map_err(|_| Status::from(EtcdError::Stopped))?
+            let slot = self.api.scan_slot(&self.call).await?;
+            scan(slot, move || with_previous(&store, message, header)).await?
         };
         result.map_err(|error| store_failed(&error))
     }

@@ -164,9 +164,18 @@ events! {
     SetAside = 0xa013f34e85fae21d48d0eb74b273dad3, INFO;
     /// The token that lets others in was written to its file.
     TokenKept = 0xd33d7532541888f5613cc1387390ad95, INFO;
-    /// This node's promises cannot be trusted; it takes no part in decisions.
+    /// This node's promises cannot be trusted; it takes no part in decisions and comes back as a new one.
     Quarantined = 0xc6b3f8e0194d4907b8833fe7b777ef60, ERROR,
-        "an older image, a copied card or a lying card is behind this; the node comes back by itself under a new id; replace the card if you did not put an old image back";
+        "nothing has to be done while a majority of the other servers runs: this node fills itself again; an older image, a copied card or a lying card is behind this, so replace the card if it happens again";
+    /// This node was removed from the cluster and has come back.
+    NodeRetired = 0x7e0701907fa6e3afd7c4ab4cb5c2d261, ERROR,
+        "if it shall be a member again, move its data directory away and start it with `server` and the token";
+    /// Another run of this very node is alive: a copied card.
+    NodeDuplicate = 0x947f5b54987b2031cc063f8a39b0ce63, ERROR,
+        "stop one of the two; for the copy to become a server of its own, move its data directory away and start it with `server` and the token";
+    /// The other members run a release that this one cannot talk to.
+    Incompatible = 0x2fd8b947ad137a10b6aeb8acfaa38676, ERROR,
+        "install the release of the other servers here; to upgrade a cluster, upgrade one server after the other";
 }
 
 impl fmt::Display for EventId {

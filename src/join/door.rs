@@ -28,13 +28,16 @@ use crate::announce;
 use crate::env::Env;
 use crate::events::EventId;
 use crate::pki::{Caller, ChannelBinding};
-use crate::proto::node::join_server::Join;
+use crate::proto::node::join_server::{Join, JoinServer};
 use crate::proto::node::{
     BeginReply, BeginRequest, Credentials, FinishReply, FinishRequest, IntroduceReply,
     IntroduceRequest,
 };
 use crate::raft::transport::WIRE_VERSIONS;
 use crate::types::ClusterId;
+
+/// Longest request. An honest one has about a hundred bytes.
+const REQUEST_BYTES_MAX: usize = 4 * 1024;
 
 /// What a server gives to a node that has proved that it knows the token.
 pub trait Grant: Send + Sync + 'static {
@@ -113,6 +116,11 @@ impl Door {
         let state = State { gate: Gate::new(env.clock.now()), mentions: Mentions::default() };
         let authority = AuthorityHash::of(&house.authority_pem);
         Self { env: env.clone(), house, authority, grant, state: Mutex::new(state) }
+    }
+
+    /// As a gRPC service, which decodes nothing that is longer than any honest request.
+    pub fn service(self: &Arc<Self>) -> JoinServer<Self> {
+        JoinServer::from_arc(Arc::clone(self)).max_decoding_message_size(REQUEST_BYTES_MAX)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

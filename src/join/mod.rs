@@ -6,7 +6,8 @@
 //! - [`pake`]: the proof that both sides know it. [`gate`]: who may try. [`door`]: the server's side of joining. [`enrol`]: the
 //!   joiner's side; [`adopt`](mod@adopt): what it keeps.
 //! - [`plan`]: what a start does at all. [`flags`]: whether its settings are the cluster's.
-//! - [`hello`]: at every start, whether this still is the node that the others remember.
+//! - [`hello`]: at every start, whether this still is the node that the others remember. [`quarantine`]: what becomes of one that is
+//!   not. [`reset`]: when nobody else is left.
 //!
 //! # Invariants
 //!
@@ -31,6 +32,7 @@ pub mod adopt;
 pub mod hello;
 
 pub mod quarantine;
+pub mod reset;
 
 mod file;
 

@@ -383,6 +383,11 @@ impl Node {
     }
 
     async fn wait_visible(&self, change: &Change) -> Result<(), ChangeError> {
+        // Whoever has left is sent nothing any more, not even that.
+        if matches!(change, Change::Remove(id) | Change::Replace { old: id, .. } if *id == self.id())
+        {
+            return Ok(());
+        }
         let mut status = self.watch_status();
         let seen = status.wait_for(|status| is_visible(change, status)).await;
         seen.map(drop).map_err(|_closed| ChangeError::Stopped)

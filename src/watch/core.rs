@@ -405,6 +405,13 @@ impl Core {
         self.woken.insert(key);
     }
 
+    /// About how many bytes the next message of a stream takes; `None` when there is nothing to do.
+    pub(super) fn upcoming(&self, key: StreamKey) -> Option<u64> {
+        let stream = self.streams.get(&key)?;
+        let history = || (!stream.behind.is_empty()).then_some(self.limits.replay_bytes_max as u64);
+        stream.queue.front().map(|(_, bytes)| *bytes).or_else(history)
+    }
+
     /// What the stream should do now: first what is queued, then what its watchers missed.
     pub(super) fn step(&mut self, key: StreamKey) -> Step {
         loop {

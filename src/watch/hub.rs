@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use super::core::{Core, Replay, Replayed, Step, StreamKey};
 use super::{Create, Limits, Message};
@@ -75,6 +75,7 @@ pub struct Statistics {
 #[derive(Clone)]
 pub struct Hub {
     shared: Arc<Mutex<Shared>>,
+    closing: watch::Sender<bool>,
     replay_bytes_max: usize,
 }
 
@@ -96,7 +97,11 @@ impl Hub {
     pub fn new(revision: Revision, limits: Limits) -> Self {
         let shared =
             Shared { core: Core::new(revision, limits), closed: false, wakers: HashMap::new() };
-        Self { shared: Arc::new(Mutex::new(shared)), replay_bytes_max: limits.replay_bytes_max }
+        Self {
+            shared: Arc::new(Mutex::new(shared)),
+            closing: watch::Sender::new(false),
+            replay_bytes_max: limits.replay_bytes_max,
+        }
     }
 
     /// These revisions are applied and readable; `revision` is the newest. Never blocks on a client.
@@ -116,6 +121,14 @@ impl Hub {
         for waker in shared.wakers.values() {
             waker.notify_one();
         }
+        drop(shared);
+        self.closing.send_replace(true);
+    }
+
+    /// Completes when the hub is closed: for other streams that never end by themselves.
+    pub async fn closed(&self) {
+        // The sender is ours, so it is not gone.
+        drop(self.closing.subscribe().wait_for(|closed| *closed).await);
     }
 
     /// The newest published revision.
@@ -206,18 +219,47 @@ impl<H: History> WatchStream<H> {
         self.hub.lock().core.backlog(self.key)
     }
 
-    /// The next message. Cancel-safe: a message is taken only when it is returned.
-    pub async fn next(&self) -> Result<Message, WatchError> {
+    /// Waits until there is something to do: about how many bytes the next message takes, or the history that must be read
+    /// for it. Nothing is taken yet, so that whoever has no room for it leaves it in a queue that is bounded.
+    pub async fn upcoming(&self) -> Result<u64, WatchError> {
         loop {
             let woken = self.waker.notified();
+            let upcoming = {
+                let shared = self.hub.lock();
+                if shared.closed {
+                    return Err(WatchError::Stopped);
+                }
+                shared.core.upcoming(self.key)
+            };
+            match upcoming {
+                Some(bytes) => return Ok(bytes),
+                None => woken.await,
+            }
+        }
+    }
+
+    /// The next message, read from history if need be; `None` if there is none after all. Does not wait for others.
+    /// Cancel-safe: a message is taken only when it is returned.
+    pub async fn take(&self) -> Result<Option<Message>, WatchError> {
+        loop {
             if self.hub.lock().closed {
                 return Err(WatchError::Stopped);
             }
             let step = self.hub.change(|core| core.step(self.key));
             match step {
-                Step::Send(message) => return Ok(message),
+                Step::Send(message) => return Ok(Some(message)),
                 Step::Replay(replay) => self.replay(replay).await?,
-                Step::Idle => woken.await,
+                Step::Idle => return Ok(None),
+            }
+        }
+    }
+
+    /// The next message, for whoever has room for any. Cancel-safe.
+    pub async fn next(&self) -> Result<Message, WatchError> {
+        loop {
+            self.upcoming().await?;
+            if let Some(message) = self.take().await? {
+                return Ok(message);
             }
         }
     }
@@ -325,6 +367,37 @@ mod tests {
 
         publisher.await.unwrap();
         assert_eq!(seen, (2..=40).collect::<Vec<_>>());
+    }
+
+    #[tokio::test]
+    async fn message_stays_in_its_queue_until_there_is_room_for_it() {
+        let hub = Hub::new(Revision::new(1), Limits::default());
+        let stream = hub.open(List(Arc::new((2..=4).map(revision).collect())));
+        assert!(matches!(stream.take().await, Ok(None)));
+        stream.create(create(2), Revision::new(4));
+        hub.publish(&[], Revision::new(4));
+        let created = stream.upcoming().await.unwrap();
+        assert!(matches!(stream.take().await, Ok(Some(Message { body: Body::Created, .. }))));
+
+        // History is asked for in full, whatever of it the watcher will want; nothing is read meanwhile.
+        let history = stream.upcoming().await.unwrap();
+        assert_eq!(history, Limits::default().replay_bytes_max as u64);
+        assert_eq!(hub.statistics().queued_bytes, 0);
+        for n in 2..=4 {
+            let message = stream.take().await.unwrap().unwrap();
+            assert_eq!(revisions(&message), [n]);
+        }
+
+        assert!(matches!(stream.take().await, Ok(None)));
+        hub.publish(&[Arc::new(revision(5))], Revision::new(5));
+        let live = stream.upcoming().await.unwrap();
+        assert!(created < live && live < history);
+        assert_eq!(stream.upcoming().await.unwrap(), live);
+        assert_eq!(hub.statistics().queued_bytes, live);
+        assert_eq!(revisions(&stream.take().await.unwrap().unwrap()), [5]);
+        hub.close();
+        assert!(stream.upcoming().await.is_err() && stream.take().await.is_err());
+        hub.closed().await;
     }
 
     #[tokio::test]

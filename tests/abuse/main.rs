@@ -16,6 +16,7 @@ mod client;
 mod host;
 mod wire;
 
+mod answers;
 mod certificates;
 mod connections;
 mod directory;

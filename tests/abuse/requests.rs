@@ -237,10 +237,28 @@ fn txn_cases() -> Vec<Case> {
             }))]),
             NO_LEASE,
         ),
-        case("16 levels", nested(15), Says::Ok),
-        // etcd recurses for as long as operations are left, 128 levels; our stack is not a client's to spend.
-        case("40 levels", nested(40), no_depth),
-        case("120 levels", nested(120), no_depth),
+        case(
+            // etcd 3.5.30 ends here.
+            "a put that keeps a value deleted before it",
+            txn(vec![
+                put_op("kept"),
+                op(Request::RequestDeleteRange(pb::DeleteRangeRequest {
+                    key: key("a"),
+                    range_end: key("\0"),
+                    prev_kv: false,
+                })),
+                op(Request::RequestPut(pb::PutRequest {
+                    key: key("a"),
+                    ignore_value: true,
+                    ..Default::default()
+                })),
+            ]),
+            Says::Ours(Code::InvalidArgument, "etcdserver: key not found"),
+        ),
+        case("50 levels", nested(49), Says::Ok),
+        // etcd recurses for as long as operations are left, 129 levels; ours is what the decoder accepts.
+        case("52 levels", nested(51), no_depth),
+        case("129 levels", nested(128), no_depth),
         case("200 levels", nested(200), TOO_MANY_OPS),
         case("5,000 levels", nested(5_000), TOO_MANY_OPS),
         case("100,000 levels", nested(100_000), TOO_MANY_OPS),

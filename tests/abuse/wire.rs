@@ -137,6 +137,15 @@ impl Wire {
     }
 }
 
+impl Drop for Wire {
+    /// Both halves must go for the connection to be closed.
+    fn drop(&mut self) {
+        if let Reading::Counting { task, .. } = &self.reading {
+            task.abort();
+        }
+    }
+}
+
 async fn count(mut read: ReadHalf<Box<dyn Stream>>, seen: Arc<Seen>) {
     let mut payload = Vec::new();
     let mut header = [0; 9];

@@ -344,15 +344,22 @@ fn no_message_repeats_a_secret() {
     }
 }
 
+/// An address that comes up late at one boot must not make this server's networks differ from the cluster's.
 #[test]
-fn detected_address_decides_the_family_when_nobody_does() {
+fn written_addresses_decide_the_family_of_the_networks_and_detected_ones_do_not() {
     let mut place = Place::new();
     place.request.host.address = Some("fd00::7".parse().unwrap());
     let config = place.config();
+    assert_eq!(config.network.cluster_cidrs[0].to_string(), "10.42.0.0/16");
+    assert_eq!(config.node_ips, ["fd00::7".parse::<std::net::IpAddr>().unwrap()]);
+    assert!(place.said().contains("write `node-ip: \"fd00::7\"`"), "{}", place.said());
 
+    let mut place = Place::new().argument("node-ip", "fd00::7");
+    place.request.host.address = Some("10.0.0.7".parse().unwrap());
+    let config = place.config();
     assert_eq!(config.network.cluster_cidrs[0].to_string(), "fd00:42::/56");
     assert_eq!(config.network.cluster_dns[0].to_string(), "fd00:43::a");
-    assert_eq!(config.node_ips, ["fd00::7".parse::<std::net::IpAddr>().unwrap()]);
+    assert!(!place.said().contains("node-ip"), "{}", place.said());
 }
 
 #[test]

@@ -483,8 +483,8 @@ fn transactions_that_break_the_duplicate_rule_still_have_an_outcome() {
     machine.put("a", "1");
     let blind = pb::PutRequest { ignore_value: true, ignore_lease: true, ..put_request("a", "") };
     let ops = vec![
-        delete_op("a"),
         op(Request::RequestPut(blind)),
+        delete_op("a"),
         put_op("a", "2"),
         put_op("a", "3"),
         delete_op("a"),
@@ -501,6 +501,48 @@ fn transactions_that_break_the_duplicate_rule_still_have_an_outcome() {
     machine.put("a", "5");
     machine.reply(compact(4));
     assert_eq!(machine.get("a").unwrap().version, 2);
+}
+
+/// Overlaps are not looked for behind a delete without an end, not even by etcd, whose process this ends.
+#[test]
+fn put_that_keeps_what_an_earlier_delete_takes_is_refused_with_nothing_done() {
+    let mut machine = Machine::new();
+    machine.reply(grant(7));
+    for key in ["a", "b", "c"] {
+        machine.reply(Command::Put(pb::PutRequest { lease: 7, ..put_request(key, "1") }));
+    }
+    let before = machine.keys();
+    let from = |key: &str| {
+        op(Request::RequestDeleteRange(pb::DeleteRangeRequest {
+            key: b(key),
+            range_end: b("\0"),
+            prev_kv: false,
+        }))
+    };
+    let nest = |ops| op(Request::RequestTxn(txn(vec![], ops, vec![])));
+    let value =
+        op(Request::RequestPut(pb::PutRequest { ignore_value: true, ..put_request("b", "") }));
+    let lease =
+        op(Request::RequestPut(pb::PutRequest { ignore_lease: true, ..put_request("b", "2") }));
+    for keeps in [value.clone(), lease] {
+        for ops in [
+            vec![from("a"), keeps.clone()],
+            vec![put_op("0", "x"), from("b"), nest(vec![keeps.clone()])],
+            vec![nest(vec![nest(vec![from("a")])]), keeps.clone()],
+        ] {
+            assert_eq!(
+                machine.refusal(Command::Txn(txn(vec![], ops, vec![]))),
+                Refusal::KeyNotFound
+            );
+        }
+    }
+    assert_eq!(machine.keys(), before);
+
+    // What is deleted later, or is another key, is no reason.
+    machine.reply(Command::Txn(txn(vec![], vec![from("c"), value.clone()], vec![])));
+    assert_eq!(machine.get("b").unwrap().value, "1");
+    machine.reply(Command::Txn(txn(vec![], vec![value, from("a")], vec![])));
+    assert!(machine.get("b").is_none());
 }
 
 #[test]
@@ -588,13 +630,10 @@ fn nospace_refuses_puts_and_grants_but_not_what_frees_space() {
     machine.put("a", "1");
     machine.reply(grant(7));
     machine.reply(raise(pb::AlarmType::Nospace));
-    let nested = op(Request::RequestTxn(txn(vec![], vec![], vec![put_op("a", "")])));
-
     assert_eq!(machine.refusal(put("a", "2")), Refusal::NoSpace);
     assert_eq!(machine.refusal(grant(8)), Refusal::NoSpace);
     let untaken_put = Command::Txn(txn(vec![], vec![], vec![put_op("a", "")]));
     assert_eq!(machine.refusal(untaken_put), Refusal::NoSpace);
-    assert_eq!(machine.refusal(Command::Txn(txn(vec![], vec![nested], vec![]))), Refusal::NoSpace);
     assert!(machine.apply(delete("x", "")).outcome.reply.is_ok());
     let deletes = Command::Txn(txn(vec![], vec![delete_op("a"), get_op("a")], vec![]));
     assert!(machine.apply(deletes).outcome.reply.is_ok());
@@ -602,6 +641,36 @@ fn nospace_refuses_puts_and_grants_but_not_what_frees_space() {
     assert!(machine.apply(compact(2)).outcome.reply.is_ok());
     machine.reply(alarm(pb::alarm_request::AlarmAction::Deactivate, pb::AlarmType::Nospace));
     machine.put("a", "2");
+}
+
+/// etcd before 3.6.14 looks for puts in the outer transaction only, and fills its disk.
+#[test]
+fn nospace_refuses_a_put_however_deep_and_in_whichever_branch() {
+    let mut machine = Machine::new();
+    machine.put("a", "1");
+    machine.reply(raise(pb::AlarmType::Nospace));
+    let before = machine.keys();
+    let within = |then, otherwise| op(Request::RequestTxn(txn(vec![], then, otherwise)));
+    for depth in 0..5 {
+        for path in 0..2_u32.pow(depth) {
+            let mut ops = vec![get_op("a"), put_op("a", "2")];
+            for level in 0..depth {
+                let nested = if path & (1 << level) == 0 {
+                    within(ops, vec![])
+                } else {
+                    within(vec![], ops)
+                };
+                ops = vec![delete_op("x"), nested];
+            }
+            for request in [txn(vec![], ops.clone(), vec![]), txn(vec![], vec![], ops)] {
+                let refusal = machine.refusal(Command::Txn(request));
+                assert_eq!(refusal, Refusal::NoSpace, "depth {depth}, path {path:b}");
+            }
+        }
+    }
+    assert_eq!(machine.keys(), before);
+    let harmless = within(vec![delete_op("a")], vec![get_op("a")]);
+    machine.reply(Command::Txn(txn(vec![], vec![harmless], vec![])));
 }
 
 #[test]

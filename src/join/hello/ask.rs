@@ -124,13 +124,10 @@ impl Hello {
         let mut pause = PAUSE_FIRST;
         let mut rounds = 0u32;
         loop {
-            match self.round().await {
-                Verdict::Wait { missing } => {
-                    if rounds.is_multiple_of(MENTION_EVERY) {
-                        self.mention(&missing);
-                    }
-                }
-                verdict => return verdict,
+            let verdict = self.round().await;
+            let Verdict::Wait { missing } = &verdict else { return verdict };
+            if rounds.is_multiple_of(MENTION_EVERY) {
+                self.mention(missing);
             }
             rounds = rounds.saturating_add(1);
             self.env.clock.sleep(pause).await;

@@ -25,6 +25,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
+use crate::announce;
+use crate::events::{EventId, fields};
 use crate::types::{LogId, NodeId, Vote};
 
 /// Who has a vote. One set, or two while it changes; a majority of each is needed.
@@ -188,6 +190,37 @@ pub enum Verdict {
         /// Who says so.
         who: NodeId,
     },
+}
+
+impl Verdict {
+    /// Tells the journal why a node does not take part, and what to do. Says nothing of a welcome, of waiting, and of flags,
+    /// which their own module explains better.
+    pub fn announce(&self) {
+        match self {
+            Self::Welcome | Self::Wait { .. } | Self::FlagsDiffer { .. } => {}
+            Self::Amnesia { what, who } => announce!(
+                EventId::Quarantined,
+                { fields::PEER } = %who,
+                "this node has forgotten what it promised: {what} to node {who}"
+            ),
+            Self::Retired { reason, who } => announce!(
+                EventId::NodeRetired,
+                { fields::PEER } = %who,
+                "this node was removed from the cluster: {reason}, as node {who} says"
+            ),
+            Self::Duplicate { found, who } => announce!(
+                EventId::NodeDuplicate,
+                { fields::PEER } = %who,
+                "this node runs already: {found}, as node {who} has just checked"
+            ),
+            Self::Incompatible { found, who } => announce!(
+                EventId::Incompatible,
+                { fields::PEER } = %who,
+                "node {who} runs a release that does not work with this one ({}): {found}",
+                env!("CARGO_PKG_VERSION")
+            ),
+        }
+    }
 }
 
 /// Decides, given all that was said so far.

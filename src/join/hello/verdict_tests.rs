@@ -180,13 +180,14 @@ fn release_that_a_majority_does_not_understand_is_refused_by_name() {
 
 #[test]
 fn flags_are_compared_with_whoever_is_furthest_ahead() {
-    let differs = Some("service-cidr differs".to_owned());
+    let found = "service-cidr differs".to_owned();
+    let differs = Some(found.clone());
     let behind = Said { flags_differ: differs.clone(), last: Some(id(2, 2, 50)), ..said() };
     let ahead = Said { last: Some(id(3, 2, 200)), ..said() };
     assert_eq!(decide(&own(), &by([(B, behind), (C, ahead.clone())])), Verdict::Welcome);
-    let ahead = Said { flags_differ: differs.clone(), ..ahead };
+    let ahead = Said { flags_differ: differs, ..ahead };
     let verdict = decide(&own(), &by([(B, said()), (C, ahead)]));
-    assert_eq!(verdict, Verdict::FlagsDiffer { found: differs.unwrap(), who: C });
+    assert_eq!(verdict, Verdict::FlagsDiffer { found, who: C });
 }
 
 /// F26: nobody remembers a joiner, and it is in no membership.
