@@ -5,9 +5,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use k3s_server::admin::check::{NotAsked, Sources, Verdict, ask_cluster};
-use k3s_server::admin::client::Connection;
 use k3s_server::admin::{self, Action, AdminError};
 use k3s_server::cli::{self, Failure, Format, Programs, WalArguments};
+use k3s_server::client::Connection;
 use k3s_server::config::{Config, Loaded};
 use k3s_server::env::host;
 use k3s_server::join::Identity;

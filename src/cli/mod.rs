@@ -24,8 +24,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::admin::check::Verdict;
-use crate::admin::client::Connection;
 use crate::admin::{self, Action};
+use crate::client::Connection;
 use crate::config::{self, Config, Given, Loaded, Request};
 use crate::pki::Paths;
 

@@ -7,6 +7,7 @@
 //!          ballast      given back when the card is full
 //!          state.redb   the state machine at its last checkpoint, with its checksum tables
 //!          wal/         the log since then
+//!          flags        the critical flags as seen last; a hint
 //! ```
 
 use std::io;

@@ -24,6 +24,7 @@ use super::data_dir::{DataDir, Locked};
 use super::dial::Network;
 use super::dispatch::{Dispatch, Doorman};
 use super::doorway::OwnCredentials;
+use super::early;
 use super::listen::{Listeners, PeerDoors, PeersIncoming, Security};
 use super::run::{RunError, names, stopped};
 use super::supervise;
@@ -183,6 +184,9 @@ async fn identify(
     let plan = start_plan(found.as_ref(), config)?;
     if let Some(note) = plan.note() {
         tracing::info!("{note}");
+    }
+    if matches!(plan, Plan::Continue { .. }) {
+        early::refuse_early(config, env, flags).await?;
     }
     let identity = match (found, plan) {
         (Some(identity), _) => identity,

@@ -24,6 +24,7 @@ mod data_dir;
 mod dial;
 mod dispatch;
 mod doorway;
+mod early;
 mod enter;
 mod follow;
 mod health;

@@ -364,7 +364,8 @@ async fn start(
         path: dir.path.clone(),
         rejoin: enter::Rejoin::of(env, dir),
     };
-    let (peers, pki, own_flags) = (peers.clone(), pki.clone(), (**flags).clone());
+    let (own_flags, path) = ((**flags).clone(), dir.path.clone());
+    let (peers, pki) = (peers.clone(), pki.clone());
     let Entered { dir, clients, observers, mut serving, member, book, transport, .. } = entered;
     live.serve(&mut serving, settings, api, metrics, clients, observers, &stopping);
     serving_latch.set();
@@ -381,7 +382,7 @@ async fn start(
         tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
         tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
         tokio::spawn(supervise::forget_removed(node.clone(), peers)),
-        tokio::spawn(flags::follow(node.clone(), own_flags)),
+        tokio::spawn(flags::follow(node.clone(), own_flags, path)),
     ];
     if let Some(watchdog) = Watchdog::from_environment() {
         let pulse = Pulse::new(Arc::clone(&env.clock));

@@ -11,9 +11,9 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use expect_test::expect;
 use k3s_server::admin::check::{Compared, NotAsked, Verdict};
-use k3s_server::admin::client::Connection;
 use k3s_server::admin::{self, Action};
 use k3s_server::cli::{self, Exit, Failure, Format, Programs, WalArguments, World, arguments};
+use k3s_server::client::Connection;
 use k3s_server::config::keys::KEYS;
 use k3s_server::config::{Config, Host, Loaded, Paths};
 use k3s_server::critical::{CriticalFlags, FlagsError};
