@@ -25,6 +25,7 @@ use crate::critical::FlagsError;
 use crate::env::{Env, host};
 use crate::etcd::{self, Api, Leases, ServeError, Settings};
 use crate::events::{EventId, fields};
+use crate::join::hello::Finder;
 use crate::join::reset::ResetRefused;
 use crate::join::token::{EstablishError, FoundingToken, ObtainError};
 use crate::join::{AdoptError, IdentityError, JoinError, Phase, PlanError, flags};
@@ -372,6 +373,12 @@ async fn start(
     serving.spawn(settling.run(notifier, settled, stopping.clone()));
 
     let Live { node, hub, leases } = live;
+    let finder = Finder {
+        cluster: dir.identity.cluster,
+        node: dir.identity.node,
+        incarnation: peers.passport().incarnation,
+        transport: Arc::clone(&transport),
+    };
     serving.spawn(supervise::leave_when_removed(node.clone(), book, transport, stopping.clone()));
     let addresses = member.client_urls.join(", ");
     let mut background = vec![
@@ -381,6 +388,7 @@ async fn start(
         tokio::spawn(supervise::keep_space_alarm(node.clone(), dir.space.space())),
         tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
         tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
+        tokio::spawn(supervise::find_lost(node.clone(), peers.clone(), finder)),
         tokio::spawn(supervise::forget_removed(node.clone(), peers)),
         tokio::spawn(flags::follow(node.clone(), own_flags, path)),
     ];
