@@ -52,6 +52,10 @@ const ELECTION_MIN: Duration = Duration::from_millis(1_250);
 /// How long calls under way may take when the server stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long tasks of the life before may take to let go of its ports, in a process that starts over.
+const CLOSING_MAX: Duration = Duration::from_secs(10);
+const CLOSING_POLL: Duration = Duration::from_millis(50);
+
 /// Why the server did not run, or did not end well.
 #[derive(Debug, Error)]
 pub enum RunError {
@@ -280,20 +284,27 @@ async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
         env!("CARGO_PKG_VERSION"),
         config.db_dir.display()
     );
+    let mut closing_until = None;
     loop {
-        // A node that has to become another one begins anew, in the same process.
         let lived = live(config, &env, notifier, &shutdown).await;
-        if matches!(lived, Err(RunError::StartOver)) {
-            continue;
-        }
-        signals.abort();
-        return match lived {
+        match lived {
+            // A node that has to become another one begins anew, in the same process.
+            Err(RunError::StartOver) => closing_until = Some(env.clock.now() + CLOSING_MAX),
+            Err(RunError::Listen(ListenError::InUse { .. }))
+                if closing_until.is_some_and(|until| env.clock.now() < until) =>
+            {
+                env.clock.sleep(CLOSING_POLL).await;
+            }
             Err(RunError::HasReset(guidance)) => {
                 tracing::info!("{guidance}");
-                Ok(())
+                signals.abort();
+                return Ok(());
             }
-            lived => lived,
-        };
+            lived => {
+                signals.abort();
+                return lived;
+            }
+        }
     }
 }
 
