@@ -83,6 +83,9 @@ events! {
         "read the reason above; systemd starts the service again, and `systemctl status k3s-server` shows whether that helped";
     /// The state was made durable.
     Checkpoint = 0x289c044e93614c50b5bf530cccba3e8f, DEBUG;
+    /// A checkpoint failed. The log keeps what it should have made durable.
+    CheckpointFailed = 0xe5fd18d0636440b4f3d87bb6628d5163, WARN,
+        "the message names the cause; while the card is full, free space on it; otherwise check `journalctl -k -g mmc`";
     /// A write barrier took very long.
     SlowBarrier = 0x63c35a417ee447298c9754bf48625f91, WARN,
         "a pause now and then is normal for an SD card; if this repeats, look for `mmc` errors in `journalctl -k`, and consider a card of application class A2 or an SSD";
