@@ -14,7 +14,7 @@
 use std::future::Future;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use redb::{Durability, StorageBackend};
@@ -71,6 +71,8 @@ struct Inner {
     reports: Reports,
     /// [`Head::bytes`] after the last commit.
     bytes: AtomicU64,
+    /// The card is nearly full, as [`Store::set_room_low`] said last.
+    room_low: AtomicBool,
 }
 
 /// A durable commit on its way to the card.
@@ -126,6 +128,7 @@ impl Store {
                 replacing: tokio::sync::Mutex::new(()),
                 reports,
                 bytes: AtomicU64::new(head.bytes),
+                room_low: AtomicBool::new(false),
             }),
         })
     }
@@ -254,6 +257,17 @@ impl Store {
     /// when there may be room again; it is also tried every second.
     pub fn starved(&self) -> watch::Receiver<bool> {
         self.inner.reports.starved()
+    }
+
+    /// Whether the card has room for deletes and compaction only: it is full, or nearly. Costs next to nothing, so it
+    /// may be asked before every write of a client.
+    pub fn is_short_of_room(&self) -> bool {
+        self.inner.room_low.load(Ordering::Relaxed) || self.inner.reports.is_starved()
+    }
+
+    /// What whoever watches the room on the card has found: see [`super::ballast`].
+    pub fn set_room_low(&self, low: bool) {
+        self.inner.room_low.store(low, Ordering::Relaxed);
     }
 
     /// There may be room on the card again.

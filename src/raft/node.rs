@@ -20,9 +20,11 @@ use super::state_machine::{AppliedNote, StateMachine};
 use super::stats::{Counters, Stats};
 use super::types::{self, Raft, TypeConfig, Waiter};
 use super::{Follow, Member, ProposeError, ReadBarrier, ReadError, Role, Status};
+use crate::announce;
 use crate::apply::{Operations, Outcome};
 use crate::command::{Command, Encoded};
 use crate::env::Env;
+use crate::events::{EventId, fields};
 use crate::limits;
 use crate::mvcc::{Store, StoreError};
 use crate::types::{ByteCount, ClusterId, LogIndex, NodeId, Term};
@@ -332,6 +334,11 @@ impl Node {
         &self.shared.raft
     }
 
+    /// Whether this node's card has room for deletes and compaction only.
+    pub fn is_short_of_room(&self) -> bool {
+        self.shared.store.is_short_of_room() || self.shared.wal.is_starved()
+    }
+
     /// The log.
     pub fn wal(&self) -> &Wal {
         &self.shared.wal
@@ -550,7 +557,11 @@ impl Checkpointer {
                 && let Err(error) = self.checkpoint().await
             {
                 // The store's own failure channel stops the node; the log stays and replays.
-                tracing::error!(%error, "checkpoint failed");
+                announce!(
+                    EventId::CheckpointFailed,
+                    { fields::REASON } = %error,
+                    "checkpoint failed: {error}"
+                );
             }
         }
     }

@@ -19,7 +19,7 @@ use crate::env::Env;
 use crate::join::{Identity, IdentityError};
 use crate::limits;
 use crate::mvcc::backend::OpenError;
-use crate::mvcc::ballast::{Sizes, SpaceGuard};
+use crate::mvcc::ballast::{Sizes, Space, SpaceGuard};
 use crate::mvcc::{self, DrainOn, Store, StoreError};
 use crate::wal::{self, Recovery, Wal};
 
@@ -160,6 +160,7 @@ impl DataDir {
         let options =
             mvcc::Options { cache_bytes: limits::STATE_CACHE_BYTES, drain: DrainOn::Thread };
         let store = Store::open(env, &path.join(STATE_FILE), &options)?;
+        store.set_room_low(*space.space().borrow() == Space::Low);
         parts::check(env, path, &store, identity)?;
         let owner = wal::Identity { cluster: identity.cluster, node: identity.node };
         let options = wal::Options { linger, ..wal::Options::default() };

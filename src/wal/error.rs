@@ -101,6 +101,16 @@ pub enum Failed {
 }
 
 impl Failed {
+    /// Whether the card is full.
+    pub(super) fn is_for_lack_of_room(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            }
+            Self::Closed => false,
+        }
+    }
+
     /// For `map_err`: what was tried, on what.
     pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_owned();

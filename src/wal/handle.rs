@@ -16,7 +16,7 @@ use std::fmt;
 use std::future::Future;
 use std::mem;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -103,6 +103,7 @@ impl Wal {
             wake_filler: Notify::new(),
             spare_ready: Notify::new(),
             counters: Counters::default(),
+            starved: AtomicBool::new(false),
         });
         let core = Core { shared: Arc::clone(&shared), appender, scratch: Vec::new() };
         let filler = Filler { shared: Arc::clone(&shared), identity };
@@ -205,6 +206,11 @@ impl Wal {
         self.shared.lock().failed.clone()
     }
 
+    /// Whether the last attempt to fill a slot ahead of need failed for lack of room on the card.
+    pub fn is_starved(&self) -> bool {
+        self.shared.starved.load(Ordering::Relaxed)
+    }
+
     /// Bytes of frames and segment headers written since the log was opened: [`Stats::bytes_written`] alone.
     pub fn bytes_written(&self) -> u64 {
         self.shared.counters.bytes_written.load(Ordering::Relaxed)
@@ -228,6 +234,8 @@ pub(super) struct Shared {
     pub(super) options: Options,
     pub(super) wake_filler: Notify,
     pub(super) counters: Counters,
+    /// The card has no room for another slot.
+    starved: AtomicBool,
     state: Mutex<State>,
     wake_writer: Notify,
     spare_ready: Notify,
@@ -527,6 +535,8 @@ impl Shared {
             let number = state.blanks.pop().unwrap_or_else(|| state.free_number());
             return Job::Fill(number);
         }
+        // A recycled slot will do instead.
+        self.starved.store(false, Ordering::Relaxed);
         if state.has_too_many(&self.options)
             && let Some(slot) = state.spares.pop_back()
         {
@@ -538,11 +548,13 @@ impl Shared {
 
     pub(super) fn filled(&self, slot: Slot) {
         self.lock().spares.push_back(Arc::new(slot));
+        self.starved.store(false, Ordering::Relaxed);
         self.spare_ready.notify_one();
     }
 
     pub(super) fn fill_failed(&self, failed: Failed) {
         add(&self.counters.fill_failures, 1);
+        self.starved.store(failed.is_for_lack_of_room(), Ordering::Relaxed);
         let mut state = self.lock();
         if matches!(state.filler, FillerState::Awaited) {
             state.filler = FillerState::Failed(failed);
