@@ -202,6 +202,12 @@ pub enum Defect {
         /// Its number.
         found: SegmentNo,
     },
+    /// The card does not give it back, not even at the second attempt.
+    #[error("cannot be read: {}", std::io::Error::from_raw_os_error(*code))]
+    Unreadable {
+        /// The kernel's error number.
+        code: i32,
+    },
     /// The file is shorter than its header says.
     #[error("file is {found} bytes, expected {expected}")]
     FileLength {

@@ -12,7 +12,8 @@
 //!
 //! Only one frame is ever in flight, so a later frame (of the same segment and generation, with a higher sequence
 //! number, its header intact) proves that the bad one was durable once: *damage*. The same if a later segment's
-//! header chains to it. With nothing after it, it is a *torn* write that was promised to nobody, and is cut. Damage
+//! header chains to it. With nothing after it, it is a *torn* write that was promised to nobody, and is cut; but not
+//! if the card refuses to read it, because that is no mark of a torn write. Damage
 //! to exactly the last frame looks the same; an orderly stop and every start write a frame behind it, so the window
 //! is what was written since.
 //!
@@ -40,7 +41,7 @@ use std::sync::Arc;
 use super::format::{BLOCK, Defect, FrameHeader, RecordRef, SegmentHeader, SlotHeader, records};
 use super::frame::FrameBuffer;
 use super::log::{Effect, FrameAt, Gap, Runs};
-use super::segment::{self, ReadError, Segment, Slot};
+use super::segment::{self, ReadError, Segment, Slot, Source};
 use super::writer::{Appender, Position, Repeat};
 use super::{Damage, HardState, Identity, OpenError, Options, prepare};
 use crate::env::{Disk, Env, Open};
@@ -236,8 +237,7 @@ fn header_at(
         Err(ReadError::Defect(Defect::Version { found })) => {
             Err(OpenError::Version { path: slot.path.clone(), found })
         }
-        Err(ReadError::Defect(defect)) => Ok(Err(defect)),
-        Err(ReadError::Io(error)) => Err(OpenError::io("read", &slot.path)(error)),
+        Err(error) => Ok(Err(error.into_defect())),
     }
 }
 
@@ -264,12 +264,13 @@ fn nothing_found(survey: Survey) -> Result<Found, OpenError> {
     // Frame 1 is empty and written together with the first header; it promises nothing.
     for (slot, defect) in &survey.blanks {
         let lost = slot.search(1, |header, block| header.block == block && 1 < header.seq);
-        if lost.map_err(OpenError::io("read", &slot.path))?.is_some() {
+        // A slot of which nothing can be read may hold anything.
+        if lost.map_or(true, |frame| frame.is_some()) {
             return Err(damage(slot, None, 0, &HardState::default(), defect.clone()).into());
         }
     }
     for slot in &survey.spares {
-        if let Some(frame) = later_life(slot, None, 1)? {
+        if let Some(frame) = later_life(slot, None, 1) {
             return Err(old_header(slot, &frame, &HardState::default()).into());
         }
     }
@@ -306,26 +307,21 @@ const FREE_BLOCKS_SEARCHED: u32 = 64;
 /// A frame beyond the log's end, of a life that the slot's header knows nothing of. The first block proves nothing: its
 /// frame is written together with the header, and either may be all that got to the card. What stands after it was only
 /// written when both were durable.
-fn later_life(
-    slot: &Slot,
-    generation: Option<u64>,
-    end: u64,
-) -> Result<Option<FrameHeader>, OpenError> {
+fn later_life(slot: &Slot, generation: Option<u64>, end: u64) -> Option<FrameHeader> {
     let mut buffer = Vec::new();
     for block in 2..FREE_BLOCKS_SEARCHED.min(slot.blocks) {
-        match slot.frame_header(block, &mut buffer) {
+        match slot.frame_header(Source::Cache, block, &mut buffer) {
             Ok(frame)
                 if frame.block == block
                     && generation != Some(frame.generation)
                     && end < frame.seq =>
             {
-                return Ok(Some(frame));
+                return Some(frame);
             }
-            Ok(_) | Err(ReadError::Defect(_)) => {}
-            Err(ReadError::Io(error)) => return Err(OpenError::io("read", &slot.path)(error)),
+            Ok(_) | Err(ReadError::Defect(_) | ReadError::Io(_)) => {}
         }
     }
-    Ok(None)
+    None
 }
 
 fn old_header(slot: &Slot, frame: &FrameHeader, state: &HardState) -> Damage {
@@ -425,13 +421,15 @@ impl<'a> Replay<'a> {
         while self.next_block < segment.slot.copy_block() {
             match self.next_frame(&segment, &mut buffer, &mut raw) {
                 Ok(frame) => self.take(&segment, &frame, &raw)?,
-                Err(ReadError::Io(error)) => {
-                    return Err(OpenError::io("read", &segment.slot.path)(error));
-                }
-                Err(ReadError::Defect(defect)) => {
+                Err(error) => {
+                    let defect = error.into_defect();
                     if let Some(frame) = self.stand_in(&segment, &defect, &mut raw)? {
                         self.take(&segment, &frame, &raw)?;
                         continue;
+                    }
+                    // A write that was torn can be read; what cannot be may have been promised.
+                    if newest && matches!(defect, Defect::Unreadable { .. }) {
+                        return Err(self.damage_in(segment.number, defect).into());
                     }
                     if newest {
                         self.note_cut(&segment, &defect, &buffer);
@@ -450,11 +448,13 @@ impl<'a> Replay<'a> {
         buffer: &mut Vec<u8>,
         raw: &mut Vec<u8>,
     ) -> Result<FrameHeader, ReadError> {
-        let frame = segment.slot.frame_header(self.next_block, buffer)?;
-        frame.check_place(segment.generation, segment.number, self.next_block)?;
-        frame.check_order(self.position.seq, self.position.chain)?;
-        segment.slot.payload(&frame, buffer, raw)?;
-        Ok(frame)
+        segment::twice(&segment.slot.path, |source| {
+            let frame = segment.slot.frame_header(source, self.next_block, buffer)?;
+            frame.check_place(segment.generation, segment.number, self.next_block)?;
+            frame.check_order(self.position.seq, self.position.chain)?;
+            segment.slot.payload(source, &frame, buffer, raw)?;
+            Ok(frame)
+        })
     }
 
     /// A later frame that repeats what the bad one held. Any other later frame proves damage.
@@ -464,7 +464,6 @@ impl<'a> Replay<'a> {
         defect: &Defect,
         raw: &mut Vec<u8>,
     ) -> Result<Option<FrameHeader>, OpenError> {
-        let io = |error| OpenError::io("read", &segment.slot.path)(error);
         let mut from = self.next_block;
         let mut buffer = Vec::new();
         loop {
@@ -472,25 +471,25 @@ impl<'a> Replay<'a> {
                 self.position.seq < frame.seq
                     && frame.check_place(segment.generation, segment.number, block).is_ok()
             });
-            let Some(frame) = later.map_err(io)? else {
+            // Of what cannot be read nothing is known, as of a frame that was torn.
+            let Some(frame) = later.unwrap_or_default() else {
                 return Ok(None);
             };
             if !self.can_stand_in(&frame) {
                 return Err(self.damage_in(segment.number, defect.clone()).into());
             }
-            segment.slot.frame_header(frame.block, &mut buffer).map_err(|error| match error {
-                ReadError::Io(error) => io(error),
-                ReadError::Defect(defect) => self.damage_in(segment.number, defect).into(),
-            })?;
-            match segment.slot.payload(&frame, &mut buffer, raw) {
+            let read = segment::twice(&segment.slot.path, |source| {
+                segment.slot.frame_header(source, frame.block, &mut buffer)?;
+                segment.slot.payload(source, &frame, &mut buffer, raw)
+            });
+            match read {
                 Ok(()) => {
                     self.recovery.stood_in += frame.seq - self.position.seq;
                     self.next_block = frame.block;
                     return Ok(Some(frame));
                 }
-                Err(ReadError::Io(error)) => return Err(io(error)),
                 // A repetition that was torn itself: there may be another.
-                Err(ReadError::Defect(_)) => from = frame.block + 1,
+                Err(_) => from = frame.block + 1,
             }
         }
     }
@@ -605,18 +604,18 @@ impl<'a> Replay<'a> {
     fn check_blank(&self, slot: &Slot, defect: &Defect) -> Result<(), OpenError> {
         let lost =
             slot.search(1, |frame, block| frame.block == block && self.position.seq < frame.seq);
-        match lost.map_err(OpenError::io("read", &slot.path))? {
-            Some(frame) => {
-                let state = &self.position.state;
-                Err(damage(slot, Some(frame.segment), 0, state, defect.clone()).into())
-            }
-            None => Ok(()),
-        }
+        let segment = match lost {
+            Ok(Some(frame)) => Some(frame.segment),
+            Ok(None) => return Ok(()),
+            // A slot of which nothing can be read may hold anything.
+            Err(_) => None,
+        };
+        Err(damage(slot, segment, 0, &self.position.state, defect.clone()).into())
     }
 
     /// A slot that is free by its header must not hold what comes after the log's end.
     fn check_free(&self, slot: &Slot, generation: Option<u64>) -> Result<(), OpenError> {
-        match later_life(slot, generation, self.position.seq)? {
+        match later_life(slot, generation, self.position.seq) {
             Some(frame) => Err(old_header(slot, &frame, &self.position.state).into()),
             None => Ok(()),
         }

@@ -168,6 +168,72 @@ fn log_of_another_node_or_cluster_is_refused() {
     }
 }
 
+/// The card holds what was written; only the page cache does not.
+#[test]
+fn bad_page_in_the_cache_is_read_again_from_the_card() {
+    let (disk, model) = closed(script().len());
+    let mut flips = 0;
+    block_on(async {
+        for path in slots(&disk) {
+            let content = disk.content(&path).unwrap();
+            for offset in used(&content).into_iter().filter(|offset| offset % 4096 < 200) {
+                let damaged = disk.fork();
+                damaged.flip_cached(&path, offset, 5);
+                let what = format!("byte {offset} of {}", path.display());
+                assert!(!check(&damaged, &model, &what).await, "{what} was not read again");
+                flips += 1;
+            }
+        }
+    });
+    assert!(1_000 < flips, "only {flips}");
+}
+
+#[test]
+fn bad_page_under_a_running_log_is_read_again_from_the_card() {
+    block_on(async {
+        let disk = disk();
+        let mut run = Run::open(&disk, 1).await.unwrap();
+        for index in 1..30 {
+            run.append(vec![entry(1, index, vec![b'x'; 500])]);
+            assert!(run.flush().await);
+        }
+        for block in 2..8 {
+            disk.flip_cached(&Path::new(DIR).join("slot-00.wal"), block * 4096 + 200, 4);
+        }
+        assert_eq!(read(&run.wal), *run.model());
+        run.crash().await;
+    });
+}
+
+/// Every block in turn, alone and with the one after it.
+#[test]
+fn block_that_cannot_be_read_is_noticed_or_harmless() {
+    let (disk, model) = closed(script().len());
+    let mut noticed = 0;
+    block_on(async {
+        for path in slots(&disk) {
+            let blocks = disk.content(&path).unwrap().len() as u64 / 4096;
+            for block in 0..blocks {
+                for end in [block + 1, block + 2] {
+                    let damaged = disk.fork();
+                    damaged.break_blocks(&path, block..end);
+                    let what = format!("blocks {block}..{end} of {}", path.display());
+                    noticed += usize::from(check(&damaged, &model, &what).await);
+                }
+            }
+        }
+    });
+    assert!(20 < noticed, "only {noticed} were noticed");
+    // A slot that is not there at all could hold anything.
+    for path in slots(&disk) {
+        let damaged = disk.fork();
+        damaged.break_blocks(&path, 0..u64::MAX);
+        let error = block_on(Run::open(&damaged, 2)).err().unwrap().to_string();
+        let named = ["cannot be read: Input/output error", "is missing"];
+        assert!(named.iter().any(|words| error.contains(words)), "{error}");
+    }
+}
+
 #[test]
 fn rot_under_a_running_log_is_an_error_not_an_entry() {
     block_on(async {
