@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use k3s_server::cli::{self, Failure, Format, Programs, WalArguments};
+use k3s_server::cli::{self, Failure, Format, Programs, RepairArguments, WalArguments};
 use k3s_server::config::Loaded;
 use k3s_server::server;
 
@@ -21,6 +21,16 @@ impl Programs for Assembly {
 
     fn wal_dump(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure> {
         server::dump(&arguments.directory, arguments.format == Format::Json, out).map_err(failed)
+    }
+
+    fn wal_repair(&self, arguments: &RepairArguments, out: &mut dyn Write) -> Result<(), Failure> {
+        server::repair(&arguments.directory, arguments.accept_data_loss, out).map_err(|error| {
+            let failure = failed(&error);
+            match error.remedy() {
+                Some(remedy) => failure.fix(remedy),
+                None => failure,
+            }
+        })
     }
 }
 

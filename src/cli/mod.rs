@@ -40,6 +40,8 @@ pub enum Command {
     WalVerify(WalArguments),
     /// Print what a log holds.
     WalDump(WalArguments),
+    /// Begin a damaged log anew.
+    WalRepair(RepairArguments),
     /// Print the version.
     Version,
     /// Print a completion script.
@@ -55,6 +57,15 @@ pub struct WalArguments {
     pub directory: PathBuf,
     /// Form of the output.
     pub format: Format,
+}
+
+/// Arguments of `wal repair`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RepairArguments {
+    /// The directory of a stopped node (`db-dir`).
+    pub directory: PathBuf,
+    /// Whether acknowledged writes may be given up.
+    pub accept_data_loss: bool,
 }
 
 /// Form of an output.
@@ -85,6 +96,9 @@ pub trait Programs {
 
     /// Prints every committed write of a node's log.
     fn wal_dump(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure>;
+
+    /// Begins the damaged log of a stopped node anew.
+    fn wal_repair(&self, arguments: &RepairArguments, out: &mut dyn Write) -> Result<(), Failure>;
 }
 
 /// Why a command did not do what it should.
@@ -208,6 +222,7 @@ fn carry_out(
         }
         Command::WalVerify(arguments) => programs.wal_verify(&arguments, out),
         Command::WalDump(arguments) => programs.wal_dump(&arguments, out),
+        Command::WalRepair(arguments) => programs.wal_repair(&arguments, out),
         Command::Version => Ok(writeln!(out, "k3s-server version {}", env!("CARGO_PKG_VERSION"))?),
         Command::Completion(shell) => Ok(out.write_all(&arguments::completion(shell))?),
         Command::Help(text) => Ok(out.write_all(text.as_bytes())?),

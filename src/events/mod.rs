@@ -94,9 +94,12 @@ events! {
         "check `journalctl -k -g mmc`; if the card reports errors, replace it, remove this node from the cluster and join it again";
     /// The log ended in a half-written batch, as after a power cut. Nothing acknowledged was in it.
     TornTailCut = 0x62b09b167db1447f9e71a3dd02e8d73c, INFO;
+    /// The log was damaged, but the state had all of it that could be missing. The log began anew.
+    LogStartedOver = 0x799d718727c1694e5918a8394c8d7cd3, WARN,
+        "nothing has to be done now; a card that lost a bit will lose more: make a backup, and replace it";
     /// The log is damaged before its end: acknowledged writes may be missing on this card.
     LogCorrupt = 0x3bfd1ef16889441a92006a1a01599b4a, ERROR,
-        "do not delete anything; with other servers running, remove this node from the cluster and join it again; alone, restore the last backup";
+        "do not delete anything; with other servers running, remove this node from the cluster and join it again; alone, restore the last backup, or see `k3s-server wal repair --help`";
     /// A read was wrong, and right at the second attempt, past the page cache.
     ReadHealed = 0x835f07c6906313f3d7d2b811e68f0bcf, WARN,
         "nothing was lost; if it repeats, check the power supply (`vcgencmd get_throttled`), the memory and `journalctl -k -g mmc`";

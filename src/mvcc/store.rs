@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use crate::env::Env;
 use crate::types::LogId;
 
-use super::backend::{self, Epoch, Failure, Operation, Reports, blocking};
+use super::backend::{self, Epoch, Failure, Operation, Reports, Scrubbed, blocking};
 use super::dump::{self, Loader};
 use super::engine::Engine;
 use super::format::Head;
@@ -31,6 +31,9 @@ use super::{DumpSummary, ReadTxn, StoreError, StoreSize, WriteTxn, write};
 
 /// Page cache of a file that is being filled, in order, while another one is open.
 const FILL_CACHE_BYTES: usize = 4 << 20;
+
+/// Blocks that are checked together.
+pub const SCRUB_BLOCKS: u32 = 64;
 
 /// Who carries writes to the card.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,6 +194,25 @@ impl Store {
             total: self.engine()?.backend.len()?,
             in_use: self.inner.bytes.load(Ordering::Relaxed),
         })
+    }
+
+    /// Reads and checks up to `count` blocks of the file on the card, from block `from` on. Damage is told to the caller
+    /// only: see [`backend::Backend::scrub`].
+    pub fn scrub(&self, from: u32, count: u32) -> Result<Scrubbed, StoreError> {
+        Ok(self.engine()?.backend.scrub(from, count)?)
+    }
+
+    /// Reads and checks everything: every block on the card, and every record. The first damage is the error.
+    pub fn verify(&self) -> Result<(), StoreError> {
+        let mut next = Some(0);
+        while let Some(from) = next {
+            let scrubbed = self.scrub(from, SCRUB_BLOCKS)?;
+            if let Some(failure) = scrubbed.damaged.into_iter().next() {
+                return Err(failure.into());
+            }
+            next = scrubbed.next;
+        }
+        self.read()?.each_record(&mut |_, _, _| Ok(()))
     }
 
     /// Replaces the state by a peer's snapshot. On an error the old state stays; if it was the card that failed

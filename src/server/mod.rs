@@ -23,10 +23,13 @@ mod data_dir;
 mod follow;
 mod health;
 mod membership;
+mod mend;
 mod parts;
+mod repair;
 mod run;
 mod supervise;
 mod wal_tools;
 
+pub use repair::{RepairError, repair};
 pub use run::{RunError, run};
 pub use wal_tools::{dump, verify};

@@ -474,6 +474,15 @@ impl FrameHeader {
         self.first_repeated() == Some(seq) && self.replaced_chain == chain
     }
 
+    /// Number of the frame that comes first when replaying begins here, and what it is chained to: the frame itself, or
+    /// the first it can stand in for.
+    pub fn start(&self) -> (u64, u32) {
+        match self.first_repeated() {
+            Some(first) => (first, self.replaced_chain),
+            None => (self.seq, self.chain),
+        }
+    }
+
     /// Whether it repeats a frame before this number.
     pub fn repeats_older_than(&self, seq: u64) -> bool {
         self.first_repeated().is_some_and(|first| first < seq)

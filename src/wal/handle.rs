@@ -180,6 +180,11 @@ impl Wal {
         }
     }
 
+    /// Where it is.
+    pub fn dir(&self) -> &Path {
+        &self.shared.dir
+    }
+
     /// What Raft must remember, as accepted.
     pub fn hard_state(&self) -> HardState {
         self.shared.lock().view.state()
@@ -308,6 +313,13 @@ pub(super) enum Next {
     Stop,
 }
 
+/// Raw payload of one frame. Slots may be smaller than usual in tests.
+pub(super) fn frame_raw_max(segment_bytes: u64) -> usize {
+    // Header, copy of the header, and the frame's own header must fit beside it.
+    let segment = usize::try_from(segment_bytes).unwrap_or(usize::MAX);
+    RAW_BYTES_MAX.min(segment.saturating_sub(2 * format::BLOCK)) - FRAME_HEADER_BYTES
+}
+
 impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         // A panic under the lock is a bug that the assertion's message reports; the log's own state is changed
@@ -315,15 +327,10 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Raw payload of one frame. Slots may be smaller than usual in tests.
-    fn frame_raw_max(&self) -> usize {
-        // Header, copy of the header, and the frame's own header must fit beside it.
-        let segment = usize::try_from(self.options.segment_bytes).unwrap_or(usize::MAX);
-        RAW_BYTES_MAX.min(segment.saturating_sub(2 * format::BLOCK)) - FRAME_HEADER_BYTES
-    }
-
     fn record_bytes_max(&self) -> usize {
-        usize::try_from(WAL_RECORD_BYTES_MAX).unwrap_or(usize::MAX).min(self.frame_raw_max())
+        usize::try_from(WAL_RECORD_BYTES_MAX)
+            .unwrap_or(usize::MAX)
+            .min(frame_raw_max(self.options.segment_bytes))
     }
 
     fn accept(
@@ -333,7 +340,7 @@ impl Shared {
         records: Vec<Record>,
         urgency: Urgency,
     ) -> (u64, u64) {
-        let raw_max = self.frame_raw_max();
+        let raw_max = frame_raw_max(self.options.segment_bytes);
         // What fits one frame is never split over two, so it survives a crash as a whole or not at all.
         let mut unsplit: usize = records.iter().map(format::record_bytes).sum();
         if raw_max < unsplit {

@@ -43,9 +43,9 @@ use super::frame::FrameBuffer;
 use super::log::{Effect, FrameAt, Gap, Runs};
 use super::segment::{self, ReadError, Segment, Slot, Source};
 use super::writer::{Appender, Position, Repeat};
-use super::{Damage, HardState, Identity, OpenError, Options, prepare};
+use super::{Damage, HardState, Identity, OpenError, Options, prepare, start_over};
 use crate::env::{Disk, Env, Open};
-use crate::types::SegmentNo;
+use crate::types::{LogIndex, SegmentNo};
 
 /// What opening found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -124,11 +124,19 @@ impl Content {
 }
 
 /// The slots of a directory by what their headers say.
-struct Survey {
-    segments: BTreeMap<SegmentNo, (Slot, SegmentHeader)>,
-    spares: Vec<Slot>,
+pub(super) struct Survey {
+    pub(super) segments: BTreeMap<SegmentNo, (Slot, SegmentHeader)>,
+    pub(super) spares: Vec<Slot>,
     /// With a bad first block, and why it is bad.
-    blanks: Vec<(Slot, Defect)>,
+    pub(super) blanks: Vec<(Slot, Defect)>,
+}
+
+impl Survey {
+    /// The newest segment, and the oldest that replaying needs.
+    pub(super) fn live(&self) -> Option<(SegmentNo, SegmentNo)> {
+        let (_, header) = self.segments.values().next_back()?;
+        Some((header.segment, header.oldest_live))
+    }
 }
 
 /// Reads a directory. With no identity given, any is accepted.
@@ -139,36 +147,16 @@ pub(super) fn replay(
     identity: Option<Identity>,
 ) -> Result<Found, OpenError> {
     let mut survey = survey(disk, dir, how, identity)?;
-    let Some((newest, oldest)) = survey
-        .segments
-        .values()
-        .next_back()
-        .map(|(_, header)| (header.segment, header.oldest_live))
-    else {
+    let Some((newest, oldest)) = survey.live() else {
         return nothing_found(survey);
     };
     let mut replay = Replay::new(dir);
     if newest < oldest {
         return Err(replay.missing(oldest).into());
     }
-    for number in oldest.get()..=newest.get() {
-        let number = SegmentNo::new(number);
-        let Some((slot, header)) = survey.segments.remove(&number) else {
-            return Err(replay.missing(number).into());
-        };
-        replay.enter(slot, &header)?;
-        replay.frames(&header, number == newest)?;
-    }
+    replay.segments(&mut survey, oldest, newest)?;
     replay.check_complete()?;
-    for (slot, defect) in &survey.blanks {
-        replay.check_blank(slot, defect)?;
-    }
-    for slot in &survey.spares {
-        replay.check_free(slot, None)?;
-    }
-    for (slot, header) in survey.segments.values() {
-        replay.check_free(slot, Some(header.generation))?;
-    }
+    replay.check_others(&survey)?;
     let mut spares = survey.spares;
     let mut blanks: Vec<usize> = survey.blanks.iter().map(|(slot, _)| slot.number).collect();
     for (slot, header) in survey.segments.into_values() {
@@ -181,7 +169,7 @@ pub(super) fn replay(
     Ok(replay.into_found(spares, blanks))
 }
 
-fn survey(
+pub(super) fn survey(
     disk: &dyn Disk,
     dir: &Path,
     how: Open,
@@ -215,7 +203,7 @@ fn survey(
     Ok(survey)
 }
 
-fn bytes_of(slot: &Slot) -> u64 {
+pub(super) fn bytes_of(slot: &Slot) -> u64 {
     segment::offset_of(slot.blocks)
 }
 
@@ -330,23 +318,31 @@ fn old_header(slot: &Slot, frame: &FrameHeader, state: &HardState) -> Damage {
 }
 
 /// Follows the chain of frames through the segments.
-struct Replay<'a> {
+pub(super) struct Replay<'a> {
     dir: &'a Path,
-    segments: BTreeMap<SegmentNo, Segment>,
+    pub(super) segments: BTreeMap<SegmentNo, Segment>,
     header: Option<SegmentHeader>,
     /// Whether the first segment starts where the log starts.
     from_start: bool,
-    position: Position,
+    pub(super) position: Position,
     next_block: u32,
     /// Why there was no frame at `next_block`.
     stopped: Option<Defect>,
     content: Option<Content>,
-    runs: Runs,
+    pub(super) runs: Runs,
     recovery: Recovery,
+    /// Replaying began behind damage, and nothing has told yet where the log ended there: see `salvage`.
+    pub(super) end_unknown: Option<EndUnknown>,
+}
+
+/// Where the log ended is not known; it does not matter if that was not after this index.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct EndUnknown {
+    pub(super) covered: LogIndex,
 }
 
 impl<'a> Replay<'a> {
-    fn new(dir: &'a Path) -> Self {
+    pub(super) fn new(dir: &'a Path) -> Self {
         Self {
             dir,
             segments: BTreeMap::new(),
@@ -358,10 +354,55 @@ impl<'a> Replay<'a> {
             content: None,
             runs: Runs::default(),
             recovery: Recovery::default(),
+            end_unknown: None,
         }
     }
 
-    fn missing(&self, expected: SegmentNo) -> Damage {
+    /// Replays segments that follow each other.
+    pub(super) fn segments(
+        &mut self,
+        survey: &mut Survey,
+        oldest: SegmentNo,
+        newest: SegmentNo,
+    ) -> Result<(), OpenError> {
+        for number in oldest.get()..=newest.get() {
+            let number = SegmentNo::new(number);
+            let Some((slot, header)) = survey.segments.remove(&number) else {
+                return Err(self.missing(number).into());
+            };
+            self.enter(slot, &header)?;
+            self.frames(&header, number == newest)?;
+        }
+        Ok(())
+    }
+
+    /// Begins in the middle of a segment, with a frame whose place there has been checked.
+    pub(super) fn begin_at(&mut self, slot: Slot, header: &SegmentHeader, frame: &FrameHeader) {
+        // As what it stands in for, if it is a repetition: so its records count.
+        let (seq, chain) = frame.start();
+        self.position = Position { seq, chain, state: HardState::default() };
+        self.header = Some(*header);
+        self.next_block = frame.block;
+        let segment =
+            Segment { number: header.segment, generation: header.generation, slot: Arc::new(slot) };
+        self.segments.insert(header.segment, segment);
+    }
+
+    /// Slots that hold nothing live must not hold what comes after the log's end.
+    pub(super) fn check_others(&self, survey: &Survey) -> Result<(), OpenError> {
+        for (slot, defect) in &survey.blanks {
+            self.check_blank(slot, defect)?;
+        }
+        for slot in &survey.spares {
+            self.check_free(slot, None)?;
+        }
+        for (slot, header) in survey.segments.values() {
+            self.check_free(slot, Some(header.generation))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn missing(&self, expected: SegmentNo) -> Damage {
         Damage {
             path: self.dir.to_owned(),
             segment: Some(expected),
@@ -372,7 +413,7 @@ impl<'a> Replay<'a> {
     }
 
     /// Goes on to a segment, whose header must continue the frames before it.
-    fn enter(&mut self, slot: Slot, header: &SegmentHeader) -> Result<(), OpenError> {
+    pub(super) fn enter(&mut self, slot: Slot, header: &SegmentHeader) -> Result<(), OpenError> {
         if let Some(before) = self.header {
             let follows = self.position.is_start_of(header)
                 || self.content.as_ref().is_some_and(|content| content.before.is_start_of(header));
@@ -382,6 +423,11 @@ impl<'a> Replay<'a> {
                     expected: self.position.seq,
                 });
                 return Err(self.damage_in(before.segment, defect).into());
+            }
+            if self.end_unknown.take().is_some() {
+                // Here it is written down.
+                self.position.state = header.state;
+                self.runs = Runs::default();
             }
         } else {
             self.from_start = header.state.last.is_none();
@@ -412,7 +458,7 @@ impl<'a> Replay<'a> {
     }
 
     /// Replays the frames of the segment just entered, up to the first that does not follow.
-    fn frames(&mut self, header: &SegmentHeader, newest: bool) -> Result<(), OpenError> {
+    pub(super) fn frames(&mut self, header: &SegmentHeader, newest: bool) -> Result<(), OpenError> {
         let Some(segment) = self.segments.get(&header.segment).cloned() else {
             unreachable!("replaying segment {} before entering it", header.segment);
         };
@@ -551,14 +597,38 @@ impl<'a> Replay<'a> {
         for record in records(raw, frame.records) {
             let record: RecordRef<'_> =
                 record.map_err(|defect| self.damage_in(segment.number, defect))?;
+            if self.end_unknown.is_some() {
+                self.apply_behind_damage(&mut state, &record);
+            }
             state.apply(&record).map_err(|Gap { found, last }| {
                 self.damage_in(segment.number, Defect::Gap { found, last })
             })?;
+            if self.end_unknown.is_some() {
+                state.last = None;
+            }
             Effect::note(&mut effects, &record);
         }
         self.runs.apply(&effects, at, &state);
         self.position.state = state;
         Ok(())
+    }
+
+    /// What a record tells of the log's end, where that is not known.
+    fn apply_behind_damage(&mut self, state: &mut HardState, record: &RecordRef<'_>) {
+        let Some(EndUnknown { covered }) = self.end_unknown else { return };
+        match record {
+            // The first entry may have any index.
+            RecordRef::Entry { .. } => state.last = None,
+            // Nobody truncates beyond the end.
+            RecordRef::TruncateAfter(Some(keep)) if keep.index <= covered => {
+                state.last = Some(*keep);
+            }
+            RecordRef::TruncateAfter(_)
+            | RecordRef::Vote(_)
+            | RecordRef::Committed(_)
+            | RecordRef::Purge(_) => return,
+        }
+        self.end_unknown = None;
     }
 
     /// Remembers a torn write, if the bytes show that there was one. Zeros and an earlier life's frames do not.
@@ -581,7 +651,7 @@ impl<'a> Replay<'a> {
     }
 
     /// Every entry that is not purged must stand in a segment that was replayed.
-    fn check_complete(&self) -> Result<(), OpenError> {
+    pub(super) fn check_complete(&self) -> Result<(), OpenError> {
         let state = &self.position.state;
         if !state.has_entries() {
             return Ok(());
@@ -664,6 +734,7 @@ pub(super) async fn open(
     }
     // A slot that an earlier process made may have a name that only the kernel remembers.
     disk.sync_dir(dir).map_err(OpenError::io("sync", dir))?;
+    start_over::remove_incoming(disk, dir)?;
     let mut found = replay(disk, dir, Open::Write, Some(identity))?;
     let mut frame = FrameBuffer::new();
     let (mut appender, repeats) = match found.tail.take() {

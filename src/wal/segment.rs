@@ -195,7 +195,7 @@ impl Slot {
     pub(super) fn search(
         &self,
         from: u32,
-        wanted: impl Fn(&FrameHeader, u32) -> bool,
+        mut wanted: impl FnMut(&FrameHeader, u32) -> bool,
     ) -> io::Result<Option<FrameHeader>> {
         let mut window = Vec::new();
         let mut block = from;
@@ -221,6 +221,16 @@ impl Slot {
             Some(error) if !any => Err(error),
             Some(_) | None => Ok(None),
         }
+    }
+
+    /// Calls back with every frame header that can be read, of whatever life of the slot.
+    pub(super) fn each_frame_header(&self, mut note: impl FnMut(&FrameHeader)) {
+        let searched = self.search(0, |frame, _| {
+            note(frame);
+            false
+        });
+        // A slot of which nothing can be read has none.
+        drop(searched);
     }
 
     /// Fills the window; what cannot be read is zeros. An error only if that is all of it.
