@@ -100,6 +100,8 @@ events! {
     /// The log is damaged before its end: acknowledged writes may be missing on this card.
     LogCorrupt = 0x3bfd1ef16889441a92006a1a01599b4a, ERROR,
         "do not delete anything; with other servers running, remove this node from the cluster and join it again; alone, restore the last backup, or see `k3s-server wal repair --help`";
+    /// The whole state and the closed log were read from the card and checked.
+    ScrubCompleted = 0x5237731a2c5dde3042f5c2bb202447f2, INFO;
     /// A read was wrong, and right at the second attempt, past the page cache.
     ReadHealed = 0x835f07c6906313f3d7d2b811e68f0bcf, WARN,
         "nothing was lost; if it repeats, check the power supply (`vcgencmd get_throttled`), the memory and `journalctl -k -g mmc`";

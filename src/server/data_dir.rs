@@ -5,6 +5,7 @@
 //!          node.json    who this node is; written first, at founding
 //!          tls/         certificates and keys
 //!          ballast      given back when the card is full
+//!          scrubbed     when the card was last checked
 //!          state.redb   the state machine at its last checkpoint, with its checksum tables
 //!          wal/         the log since then
 //! ```

@@ -27,6 +27,7 @@ mod mend;
 mod parts;
 mod repair;
 mod run;
+mod scrub;
 mod supervise;
 mod wal_tools;
 

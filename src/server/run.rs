@@ -15,6 +15,7 @@ use super::follow::{LeaseClocks, Watchers};
 use super::health::NodeHealth;
 use super::listen::{Caps, ListenError, Listeners, Security};
 use super::membership::NodeMembership;
+use super::scrub::{self, ScrubMetrics, Scrubber};
 use super::{backup, supervise};
 use crate::announce;
 use crate::config::{Config, Loaded, Quota, Severity};
@@ -188,7 +189,9 @@ async fn start(
 
     let (stop_serving, stopping) = watch::channel(false);
     let settings = settings(config);
-    let metrics = Metrics::new(versions().0, env.clock.wall());
+    let mut metrics = Metrics::new(versions().0, env.clock.wall());
+    let scrubbing = Arc::new(scrub::Progress::default());
+    metrics.collect(ScrubMetrics(Arc::clone(&scrubbing)));
     let serving = live.serve(env, settings, metrics, clients, observers, &stopping);
     serving_latch.set();
 
@@ -199,6 +202,13 @@ async fn start(
         tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
         tokio::spawn(supervise::keep_space_alarm(node.clone(), dir.space.space())),
         tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
+        tokio::spawn(scrub::run(Scrubber {
+            env: env.clone(),
+            store: dir.store.clone(),
+            wal: dir.wal.clone(),
+            path: dir.path.clone(),
+            progress: scrubbing,
+        })),
         tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
     ];
     if let Some(watchdog) = Watchdog::from_environment() {

@@ -13,7 +13,8 @@
 //! - `format`: bytes on disk. `batch`: when to write (pure; start reading there). `log`: what the log holds (pure).
 //! - `frame`, `segment`: one frame in memory, one slot on disk. `recovery`: what a directory holds after any crash.
 //! - `salvage`: what a damaged log still proves. `start_over`: a log that begins anew, in place of another.
-//! - `writer`: the only code that writes frames of a running log. `prepare`: fills slots ahead. `reader`, `inspect`: read only.
+//! - `writer`: the only code that writes frames of a running log. `prepare`: fills slots ahead. `reader`, `scrub`,
+//!   `inspect`: read only.
 //!
 //! # Invariants
 //!
@@ -60,6 +61,7 @@ mod start_over;
 mod handle;
 mod prepare;
 mod reader;
+mod scrub;
 mod writer;
 
 pub mod inspect;
@@ -79,6 +81,7 @@ pub use error::{Damage, Failed, OpenError, Refused};
 pub use handle::Wal;
 pub use recovery::{Cut, Recovery};
 pub use salvage::{Lost, Salvage, salvage};
+pub use scrub::Scrub;
 pub use start_over::{Beginning, Old, start_over};
 pub use stats::Stats;
 pub use writer::Writer;

@@ -229,6 +229,15 @@ fn header_at(
     }
 }
 
+/// What the header of a segment says, where there must be one.
+pub(super) fn segment_header(slot: &Slot) -> Result<SegmentHeader, Defect> {
+    let header = |block| slot.header(block).map_err(ReadError::into_defect);
+    match best_header(header(0), header(slot.copy_block()))? {
+        SlotHeader::Segment(header) => Ok(header),
+        SlotHeader::Spare { .. } => Err(Defect::Kind { found: 2 }),
+    }
+}
+
 /// The copy counts only where the first block is an earlier life's: then the first block never reached the card.
 /// A first block that is bad is no such case, because what it held is unknown.
 fn best_header(
@@ -318,8 +327,8 @@ fn old_header(slot: &Slot, frame: &FrameHeader, state: &HardState) -> Damage {
 }
 
 /// Follows the chain of frames through the segments.
-pub(super) struct Replay<'a> {
-    dir: &'a Path,
+pub(super) struct Replay {
+    dir: PathBuf,
     pub(super) segments: BTreeMap<SegmentNo, Segment>,
     header: Option<SegmentHeader>,
     /// Whether the first segment starts where the log starts.
@@ -341,10 +350,10 @@ pub(super) struct EndUnknown {
     pub(super) covered: LogIndex,
 }
 
-impl<'a> Replay<'a> {
-    pub(super) fn new(dir: &'a Path) -> Self {
+impl Replay {
+    pub(super) fn new(dir: &Path) -> Self {
         Self {
-            dir,
+            dir: dir.to_owned(),
             segments: BTreeMap::new(),
             header: None,
             from_start: false,
@@ -404,7 +413,7 @@ impl<'a> Replay<'a> {
 
     pub(super) fn missing(&self, expected: SegmentNo) -> Damage {
         Damage {
-            path: self.dir.to_owned(),
+            path: self.dir.clone(),
             segment: Some(expected),
             offset: 0,
             last_good: self.position.state.last,
@@ -464,28 +473,47 @@ impl<'a> Replay<'a> {
         };
         let (mut buffer, mut raw) = (Vec::new(), Vec::new());
         self.stopped = None;
-        while self.next_block < segment.slot.copy_block() {
-            match self.next_frame(&segment, &mut buffer, &mut raw) {
-                Ok(frame) => self.take(&segment, &frame, &raw)?,
-                Err(error) => {
-                    let defect = error.into_defect();
-                    if let Some(frame) = self.stand_in(&segment, &defect, &mut raw)? {
-                        self.take(&segment, &frame, &raw)?;
-                        continue;
-                    }
-                    // A write that was torn can be read; what cannot be may have been promised.
-                    if newest && matches!(defect, Defect::Unreadable { .. }) {
-                        return Err(self.damage_in(segment.number, defect).into());
-                    }
-                    if newest {
-                        self.note_cut(&segment, &defect, &buffer);
-                    }
-                    self.stopped = Some(defect);
-                    return Ok(());
-                }
-            }
-        }
+        while self.frame(&segment, newest, &mut buffer, &mut raw)? {}
         Ok(())
+    }
+
+    /// Replays the next frame of a segment; whether there was one.
+    pub(super) fn frame(
+        &mut self,
+        segment: &Segment,
+        newest: bool,
+        buffer: &mut Vec<u8>,
+        raw: &mut Vec<u8>,
+    ) -> Result<bool, OpenError> {
+        if segment.slot.copy_block() <= self.next_block {
+            return Ok(false);
+        }
+        let defect = match self.next_frame(segment, buffer, raw) {
+            Ok(frame) => {
+                self.take(segment, &frame, raw)?;
+                return Ok(true);
+            }
+            Err(error) => error.into_defect(),
+        };
+        if let Some(frame) = self.stand_in(segment, &defect, raw)? {
+            self.take(segment, &frame, raw)?;
+            return Ok(true);
+        }
+        // A write that was torn can be read; what cannot be may have been promised.
+        if newest && matches!(defect, Defect::Unreadable { .. }) {
+            return Err(self.damage_in(segment.number, defect).into());
+        }
+        if newest {
+            self.note_cut(segment, &defect, buffer);
+        }
+        self.stopped = Some(defect);
+        Ok(false)
+    }
+
+    /// The segment that was entered last, and how much of it has been replayed.
+    pub(super) fn entered(&self) -> Option<(&Segment, u64)> {
+        let segment = self.segments.get(&self.header?.segment)?;
+        Some((segment, segment::offset_of(self.next_block)))
     }
 
     fn next_frame(

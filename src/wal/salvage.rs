@@ -104,7 +104,7 @@ pub fn salvage(
 
 /// Replays to the end, or to the first damage.
 fn run(
-    replay: &mut Replay<'_>,
+    replay: &mut Replay,
     survey: &mut Survey,
     start: Option<Start>,
     covered: LogId,
@@ -177,7 +177,7 @@ impl Salvage {
     }
 
     /// Takes what a replay says of the entries after the covered one. Whether that is known to be all of them.
-    fn take_entries(&mut self, replay: Replay<'_>, covered: LogId) -> Result<bool, OpenError> {
+    fn take_entries(&mut self, replay: Replay, covered: LogId) -> Result<bool, OpenError> {
         let state = replay.position.state;
         self.note(&state);
         if replay.end_unknown.is_some() {
@@ -202,7 +202,7 @@ impl Salvage {
     }
 }
 
-fn entries(replay: Replay<'_>, first: LogIndex) -> Result<Vec<Entry>, OpenError> {
+fn entries(replay: Replay, first: LogIndex) -> Result<Vec<Entry>, OpenError> {
     let found = Found {
         state: replay.position.state,
         segments: replay.segments,
