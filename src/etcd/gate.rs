@@ -1,4 +1,7 @@
-//! Stands before every service: refuses what this node may not answer now, and words transport errors as etcd does.
+//! Stands before every service: refuses whoever is out, and what this node may not answer now; words transport errors as etcd does.
+//!
+//! A client certificate belongs to the server that made it. With that server removed it opens nothing any more, on any member: who
+//! takes a card out of the cluster because it is lost means what is on it, too.
 
 use axum::extract::{Request, State};
 use axum::middleware::Next;
@@ -11,7 +14,10 @@ use super::answer;
 use super::api::Api;
 use super::budget::Account;
 use super::error::EtcdError;
+use crate::apply;
+use crate::pki::Caller;
 use crate::raft::Role;
+use crate::types::NodeId;
 
 /// Metadata by which a client says that it wants no answer from a member without a leader.
 const NEEDS_LEADER: &str = "hasleader";
@@ -44,6 +50,15 @@ pub(super) async fn gate(State(api): State<Api>, request: Request, next: Next) -
     if !is_grpc(request.headers()) && !super::http::PATHS.contains(&path) {
         return (StatusCode::NOT_FOUND, "404 page not found\n").into_response();
     }
+    let owner = request.extensions().get::<Caller>().and_then(|caller| caller.identity);
+    if let Some(why) = owner.and_then(|owner| removed(&api, owner.node)) {
+        let text = format!("certificate refused, its server is no member any more: {why}");
+        return if is_grpc(request.headers()) {
+            Status::permission_denied(text).into_http::<tonic::body::Body>().into_response()
+        } else {
+            (StatusCode::FORBIDDEN, format!("{text}\n")).into_response()
+        };
+    }
     if let Err(error) = admit(&api, request.uri().path(), request.headers()) {
         return refusal(error);
     }
@@ -65,6 +80,16 @@ pub(super) async fn gate(State(api): State<Api>, request: Request, next: Next) -
         Some(room) => answer::charge_body(response, room),
         None => answer::unwrap_body(response),
     }
+}
+
+/// Why a node was removed for ever, if it was, as far as this node knows. A member's own record is not looked up.
+fn removed(api: &Api, node: NodeId) -> Option<String> {
+    if api.status().members.iter().any(|member| member.id == node) {
+        return None;
+    }
+    // A store that cannot be read serves nothing, and stops the node by its own channel.
+    let record = api.parts().node.store().read().and_then(|view| apply::node(&view, node));
+    record.ok().flatten().filter(|record| record.retired).map(|record| record.retired_reason)
 }
 
 fn refusal(error: EtcdError) -> Response {

@@ -4,7 +4,8 @@
 //!
 //! [`Parts`] is what the assembly provides; [`Api`] is what the services share: deadlines, barriers, headers, the way
 //! to propose. One file a service: `kv` (with `range_stream`), `watch`, `lease`, `cluster`, `maintenance`, `auth`,
-//! `lock`, `election`, and `admin` for our own commands. `validate` and `error` hold what is decided about requests and answers without a node.
+//! `lock`, `election`, and `admin` for our own commands. `validate` and `error` hold what is decided about requests and
+//! answers without a node.
 //! [`serve`] puts them on connections, behind `gate`; `http` answers `/version` and `/health` on the same port.
 //! `budget` bounds the memory of answers, and `answer` carries it with their bytes.
 //! [`Leases`] runs the lease clocks and must be fed by the apply path, as [`crate::watch::Hub`] must.

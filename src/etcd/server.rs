@@ -22,7 +22,7 @@ use tonic::transport::server::Connected;
 use super::admin::AdminService;
 use super::api::Api;
 use super::auth::AuthService;
-use super::budget::Observed;
+use super::budget::{Observed, Payer};
 use super::cluster::ClusterService;
 use super::election::ElectionService;
 use super::kv::KvService;
@@ -96,7 +96,16 @@ where
         stopped.notify_one();
     };
     let clock = Arc::clone(&api.parts().env.clock);
-    let routes = Routes::from(around(routes(&api).await?));
+    // Each where the services look for it.
+    let unpack = middleware::map_request(async |mut request: axum::extract::Request| {
+        let extensions = request.extensions_mut();
+        if let Some(Payer { account, info }) = extensions.remove::<Payer<IO::ConnectInfo>>() {
+            extensions.insert(account);
+            extensions.insert(info);
+        }
+        request
+    });
+    let routes = Routes::from(around(routes(&api).await?.layer(unpack)));
     let served = Server::builder()
         .accept_http1(true)
         .max_concurrent_streams(settings.concurrent_streams_max)

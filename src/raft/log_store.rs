@@ -20,6 +20,7 @@ use openraft::{OptionalSend, RaftLogReader};
 use super::checkpoint::CheckpointMark;
 use super::types::{self, Entry, RaftLogId, RaftVote, TypeConfig};
 use crate::command::Class;
+use crate::mutants::{Mutant, is_planted};
 use crate::types::LogIndex;
 use crate::wal::{self, Record, Urgency, Wal};
 
@@ -170,6 +171,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn save_vote(&mut self, vote: &RaftVote) -> Result<(), io::Error> {
         self.remember(Record::Vote(types::vote(vote)))?;
+        if is_planted(Mutant::VoteNotSynced) {
+            return Ok(());
+        }
         self.wal.flush().await.map(|_durable| ()).map_err(io::Error::other)
     }
 
@@ -205,6 +209,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
                 }
             })
             .collect();
+        if is_planted(Mutant::AckEarly) {
+            callback.io_completed(Ok(()));
+            return self.wal.append(records, most_urgent, |_| ()).map_err(io::Error::other);
+        }
         self.wal
             .append(records, most_urgent, move |result| {
                 callback.io_completed(result.map(|_durable| ()).map_err(io::Error::other));
@@ -213,6 +221,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn truncate_after(&mut self, last: Option<RaftLogId>) -> Result<(), io::Error> {
+        if is_planted(Mutant::TruncationLost) {
+            return Ok(());
+        }
         self.remember(Record::TruncateAfter(last.as_ref().map(types::log_id)))
     }
 

@@ -26,6 +26,7 @@ use super::{Follow, Member, Role, Status};
 use crate::apply::Operations;
 use crate::env::Env;
 use crate::limits;
+use crate::mutants::{Mutant, is_planted};
 use crate::mvcc::{Store, StoreError};
 use crate::types::{ByteCount, ClusterId, LogIndex, NodeId, Term};
 use crate::wal::Wal;
@@ -130,7 +131,7 @@ fn raft_config(cluster: ClusterId, options: &Options) -> Result<openraft::Config
         // A leader that restarts must be elected anew. With openraft's default it resumes in the same term and
         // gives the log ids of entries it lost before its own flush to other commands: two members then hold
         // different commands under one log id, for ever.
-        enable_leader_restore: Some(false),
+        enable_leader_restore: Some(is_planted(Mutant::LeaderRestored)),
         // A node that was cut off must not depose a healthy leader when it comes back.
         enable_pre_vote: Some(true),
         // Followers get an entry before the leader's own card has it.
@@ -524,6 +525,10 @@ impl Checkpointer {
         let start = self.counters.now();
         let checkpoint = self.store.checkpoint()?;
         let Some(applied) = checkpoint.applied() else { return Ok(()) };
+        if is_planted(Mutant::PurgeBeyondCheckpoint) {
+            self.mark.raise(applied);
+            self.purge().await;
+        }
         checkpoint.durable().await?;
         self.counters.checkpointed(start);
         self.mark.raise(applied);

@@ -365,34 +365,20 @@ async fn start(
         rejoin: enter::Rejoin::of(env, dir),
     };
     let (own_flags, path) = ((**flags).clone(), dir.path.clone());
-    let space = dir.space.space();
-    let addresses = member.client_urls.join(", ");
-    let joins = matches!(dir.identity.phase, Phase::Joining { .. });
-    let peers = peers.clone();
-    let pki = pki.clone();
-    let Entered { dir, clients, observers, mut serving, .. } = entered;
+    let (peers, pki) = (peers.clone(), pki.clone());
+    let Entered { dir, clients, observers, mut serving, member, book, transport, .. } = entered;
     live.serve(&mut serving, settings, api, metrics, clients, observers, &stopping);
     serving_latch.set();
+    serving.spawn(settling.run(notifier, settled, stopping.clone()));
 
     let Live { node, hub, leases } = live;
-    let says = notifier;
-    let filled = node.clone();
-    let stop = stopping.clone();
-    serving.spawn(async move {
-        settling.run().await?;
-        if joins {
-            super::settle::filled(&filled, |progress| says.status(progress)).await;
-        }
-        settled.set();
-        // A service that ends is taken for a failure.
-        stopped(stop).await;
-        Ok(())
-    });
+    serving.spawn(supervise::leave_when_removed(node.clone(), book, transport, stopping.clone()));
+    let addresses = member.client_urls.join(", ");
     let mut background = vec![
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
         tokio::spawn(supervise::report_status(node.clone(), notifier)),
         tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
-        tokio::spawn(supervise::keep_space_alarm(node.clone(), space)),
+        tokio::spawn(supervise::keep_space_alarm(node.clone(), dir.space.space())),
         tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
         tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
         tokio::spawn(supervise::forget_removed(node.clone(), peers)),

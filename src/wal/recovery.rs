@@ -44,6 +44,7 @@ use super::segment::{self, ReadError, Segment, Slot};
 use super::writer::{Appender, Position, Repeat};
 use super::{Damage, HardState, Identity, OpenError, Options, prepare};
 use crate::env::{Disk, Env, Open};
+use crate::mutants::{Mutant, is_planted};
 use crate::types::SegmentNo;
 
 /// What opening found.
@@ -475,6 +476,9 @@ impl<'a> Replay<'a> {
             let Some(frame) = later.map_err(io)? else {
                 return Ok(None);
             };
+            if is_planted(Mutant::DamageTakenForTear) {
+                return Ok(None);
+            }
             if !self.can_stand_in(&frame) {
                 return Err(self.damage_in(segment.number, defect.clone()).into());
             }
@@ -677,7 +681,9 @@ pub(super) async fn open(
     let path = appender.segment().slot.path.clone();
     let state = appender.state();
     let (written, _) = appender.write(&mut frame, state).map_err(OpenError::io("write", &path))?;
-    appender.sync().await.map_err(OpenError::io("sync", &path))?;
+    if !is_planted(Mutant::LastFrameNotRepeated) {
+        appender.sync().await.map_err(OpenError::io("sync", &path))?;
+    }
     if let Some(old) = repeats {
         found.runs.repoint(old, written);
     }
@@ -703,7 +709,8 @@ async fn resume(
         || tail.content.as_ref().is_none_or(|content| {
             content.at.segment == last.number && content.before.is_start_of(&tail.header)
         });
-    let repeat = tail.content.and_then(|content| {
+    let content = tail.content.filter(|_| !is_planted(Mutant::LastFrameNotRepeated));
+    let repeat = content.and_then(|content| {
         let replaces = u16::try_from(tail.position.seq - content.before.seq).ok()?;
         frame.push_raw(&content.raw, content.records);
         Some(Repeat { before: content.before, at: content.at, replaces })

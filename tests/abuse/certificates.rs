@@ -5,9 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rcgen::ExtendedKeyUsagePurpose;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -15,82 +13,26 @@ use tokio::time::timeout;
 use crate::client;
 use crate::host::Host;
 use crate::support::TlsFiles;
+use crate::support::certificates::{Shown, Wish, authority, from_files, stranger, uri};
 
 const PATIENCE: Duration = Duration::from_secs(15);
 
-type Shown = Option<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)>;
-
-fn from_files(dir: &Path, name: &str) -> Shown {
-    let certificate = CertificateDer::from_pem_file(dir.join(format!("{name}.crt"))).unwrap();
-    let key = PrivateKeyDer::from_pem_file(dir.join(format!("{name}.key"))).unwrap();
-    Some((vec![certificate], key))
-}
-
-/// What a certificate is made from.
-struct Wish {
-    uri: Option<String>,
-    until: time::OffsetDateTime,
-    usage: ExtendedKeyUsagePurpose,
-}
-
-impl Wish {
-    fn issue(&self, issuer: &Issuer<'_, KeyPair>) -> Shown {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.not_before = time::OffsetDateTime::UNIX_EPOCH + time::Duration::days(18_000);
-        params.not_after = self.until;
-        params.extended_key_usages = vec![self.usage.clone()];
-        if let Some(uri) = &self.uri {
-            params.subject_alt_names = vec![SanType::URI(uri.as_str().try_into().unwrap())];
-        }
-        let certificate = params.signed_by(&key, issuer).unwrap();
-        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-        Some((vec![certificate.der().clone()], key))
-    }
-}
-
-/// The cluster's own authority: the worst case is a certificate that it really signed.
-fn authority(dir: &Path) -> Issuer<'static, KeyPair> {
-    let key = KeyPair::from_pem(&std::fs::read_to_string(dir.join("ca.key")).unwrap()).unwrap();
-    let certificate = std::fs::read_to_string(dir.join("ca.crt")).unwrap();
-    Issuer::from_ca_cert_pem(&certificate, key).unwrap()
-}
-
-fn stranger() -> Issuer<'static, KeyPair> {
-    Issuer::new(CertificateParams::new(Vec::new()).unwrap(), KeyPair::generate().unwrap())
-}
-
-/// The name in a certificate of the server, as it stands in the file.
-fn uri(dir: &Path, name: &str) -> String {
-    let certificate = CertificateDer::from_pem_file(dir.join(format!("{name}.crt"))).unwrap();
-    k3s_server::pki::Identity::of(&certificate).unwrap().to_string()
-}
-
 fn strangers(dir: &Path) -> Vec<(&'static str, Shown)> {
     let client = uri(dir, "client");
-    let later = time::OffsetDateTime::UNIX_EPOCH + time::Duration::days(40_000);
-    let good = || Wish {
-        uri: Some(client.clone()),
-        until: later,
-        usage: ExtendedKeyUsagePurpose::ClientAuth,
-    };
-    let long_ago = time::OffsetDateTime::UNIX_EPOCH + time::Duration::days(18_100);
-    let other_cluster = "k3s-server://1/client/2".to_owned();
     let own = authority(dir);
+    let good = Wish::of(&client);
+    let servers = vec![ExtendedKeyUsagePurpose::ServerAuth];
     vec![
         ("no certificate", None),
         ("the certificate of port 2380", from_files(dir, "peer")),
         ("the server's own certificate", from_files(dir, "server")),
         ("the authority itself", from_files(dir, "ca")),
-        ("a stranger's authority", good().issue(&stranger())),
-        ("an expired certificate", Wish { until: long_ago, ..good() }.issue(&own)),
-        ("another cluster's", Wish { uri: Some(other_cluster), ..good() }.issue(&own)),
-        ("one without a name", Wish { uri: None, ..good() }.issue(&own)),
-        ("a strange name", Wish { uri: Some("k3s-server://".to_owned()), ..good() }.issue(&own)),
-        (
-            "one for servers",
-            Wish { usage: ExtendedKeyUsagePurpose::ServerAuth, ..good() }.issue(&own),
-        ),
+        ("a stranger's authority", good.issue(&stranger())),
+        ("an expired certificate", Wish { until: Wish::long_ago(), ..good.clone() }.issue(&own)),
+        ("another cluster's", Wish::of("k3s-server://1/client/2").issue(&own)),
+        ("one without a name", Wish { uri: None, ..good.clone() }.issue(&own)),
+        ("a strange name", Wish::of("k3s-server://").issue(&own)),
+        ("one for servers", Wish { usages: servers, ..good }.issue(&own)),
     ]
 }
 
@@ -118,10 +60,7 @@ async fn strangers_are_turned_away_in_the_handshake() {
         assert!(refused.await.expect("an answer in time"), "{what} was let in");
     }
     // The same maker's certificate with the right contents does get in: the others failed for their own faults.
-    let later = time::OffsetDateTime::UNIX_EPOCH + time::Duration::days(40_000);
-    let usage = ExtendedKeyUsagePurpose::ClientAuth;
-    let good = Wish { uri: Some(uri(&dir, "client")), until: later, usage };
-    let shown = good.issue(&authority(&dir));
+    let shown = Wish::of(&uri(&dir, "client")).issue(&authority(&dir));
     let config = client::tls_with(&files, shown);
     let channel = client::channel_with(&host.endpoint().address, Some(config)).await.unwrap();
     let members = "/etcdserverpb.Cluster/MemberList";

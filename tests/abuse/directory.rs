@@ -380,9 +380,9 @@ fn damaged_identity_is_named() {
     refused_when(
         |db| {
             let text = fs::read_to_string(file(db)).unwrap();
-            fs::write(file(db), text.replace("\"format\": 1", "\"format\": 2")).unwrap();
+            fs::write(file(db), text.replace("\"format\": 2", "\"format\": 9")).unwrap();
         },
-        &["node.json has format 2, this release reads 1"],
+        &["node.json has format 9, this release reads 1 to 2"],
     );
     let other = used_by_another();
     refused_when(

@@ -63,7 +63,12 @@ impl Seen {
 impl Wire {
     /// Reads and counts what the server says.
     pub async fn listening(endpoint: &Endpoint) -> Self {
-        let (read, write) = tokio::io::split(client::dial_endpoint(endpoint).await.unwrap());
+        Self::over(client::dial_endpoint(endpoint).await.unwrap()).await.unwrap()
+    }
+
+    /// The same over any connection. An error: the server does not want it.
+    pub async fn over(stream: Box<dyn Stream>) -> io::Result<Self> {
+        let (read, write) = tokio::io::split(stream);
         let seen = Arc::new(Seen::default());
         let task = tokio::spawn(count(read, Arc::clone(&seen)));
         Self { write, reading: Reading::Counting { seen, task } }.begin().await
@@ -72,13 +77,13 @@ impl Wire {
     /// Never reads a byte.
     pub async fn deaf(endpoint: &Endpoint) -> Self {
         let (read, write) = tokio::io::split(client::dial_endpoint(endpoint).await.unwrap());
-        Self { write, reading: Reading::Not { _half: read } }.begin().await
+        Self { write, reading: Reading::Not { _half: read } }.begin().await.unwrap()
     }
 
-    async fn begin(mut self) -> Self {
-        self.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
-        self.send(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
-        self
+    async fn begin(mut self) -> io::Result<Self> {
+        self.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
+        self.send(&frame(SETTINGS, 0, 0, &[])).await?;
+        Ok(self)
     }
 
     /// Sends bytes. An error means that the server has had enough: it closed the connection or does not read on.

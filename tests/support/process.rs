@@ -69,6 +69,40 @@ impl Process {
         }
     }
 
+    /// Waits until it has printed something.
+    pub fn wait_until_printed(&mut self, text: &str) {
+        let log = self.log.clone();
+        let printed = || std::fs::read_to_string(&log).unwrap_or_default();
+        self.wait_until(&format!("printed {text:?}"), || printed().contains(text));
+    }
+
+    /// SIGSTOP: it hangs, and its connections stay open.
+    pub fn pause(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    /// SIGCONT.
+    pub fn resume(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).expect("a pid"));
+        signal::kill(pid, signal).expect("signal to an own child");
+    }
+
+    /// Waits until it ends by itself.
+    pub fn ended(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + STOP_MAX;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("waiting for the child") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "did not end; it printed:\n{}", self.printed());
+            thread::sleep(POLL);
+        }
+    }
+
     /// SIGKILL.
     pub fn kill(&mut self) {
         self.child.kill().expect("killing a child that was not waited for");
@@ -77,16 +111,8 @@ impl Process {
 
     /// SIGTERM, then waits.
     pub fn stop(&mut self) -> ExitStatus {
-        let pid = Pid::from_raw(i32::try_from(self.child.id()).expect("a pid"));
-        signal::kill(pid, Signal::SIGTERM).expect("signal to an own child");
-        let deadline = Instant::now() + STOP_MAX;
-        loop {
-            if let Some(status) = self.child.try_wait().expect("waiting for the child") {
-                return status;
-            }
-            assert!(Instant::now() < deadline, "did not stop; it printed:\n{}", self.printed());
-            thread::sleep(POLL);
-        }
+        self.signal(Signal::SIGTERM);
+        self.ended()
     }
 }
 

@@ -70,7 +70,7 @@ impl Activity {
     }
 }
 
-/// A connection with its account. Requests find the account in their extensions.
+/// A connection with its account. Requests find a [`Payer`] in their extensions.
 pub(in crate::etcd) struct Observed<IO> {
     io: IO,
     account: Account,
@@ -90,11 +90,18 @@ impl<IO> Observed<IO> {
     }
 }
 
-impl<IO> Connected for Observed<IO> {
-    type ConnectInfo = Account;
+/// Whose account a request goes to, and what its connection says of itself besides.
+#[derive(Clone, Debug)]
+pub(in crate::etcd) struct Payer<Info> {
+    pub(in crate::etcd) account: Account,
+    pub(in crate::etcd) info: Info,
+}
 
-    fn connect_info(&self) -> Account {
-        self.account.clone()
+impl<IO: Connected> Connected for Observed<IO> {
+    type ConnectInfo = Payer<IO::ConnectInfo>;
+
+    fn connect_info(&self) -> Self::ConnectInfo {
+        Payer { account: self.account.clone(), info: self.io.connect_info() }
     }
 }
 

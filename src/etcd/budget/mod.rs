@@ -37,7 +37,7 @@ use super::error::EtcdError;
 use crate::env::Clock;
 use crate::limits;
 
-pub(super) use connection::Observed;
+pub(super) use connection::{Observed, Payer};
 
 /// Scans of many keys that one connection may have running, of those that run in all.
 const SCANS_PER_ACCOUNT: usize = 4;

@@ -124,7 +124,7 @@ async fn connection_that_takes_nothing_is_ended_when_others_wait_and_not_before(
     let mut deaf = Vec::new();
     for _ in 0..5 {
         let (far, mut near) = connection(&budget);
-        let permits = hog(&near.connect_info()).await;
+        let permits = hog(&near.connect_info().account).await;
         deaf.push(tokio::spawn(async move {
             // Its answers go with it.
             let error = near.read_u8().await.unwrap_err();
@@ -134,7 +134,7 @@ async fn connection_that_takes_nothing_is_ended_when_others_wait_and_not_before(
     }
     let (far, mut near) = connection(&budget);
     let slow = tokio::spawn(async move {
-        let _held = take(&near.connect_info(), 1).await;
+        let _held = take(&near.connect_info().account, 1).await;
         loop {
             tokio::select! {
                 ended = near.read_u8() => return ended,
@@ -164,7 +164,7 @@ async fn connection_that_takes_nothing_is_ended_when_others_wait_and_not_before(
 async fn connection_that_only_stands_in_its_own_way_is_left_alone() {
     let budget = budget();
     let (_far, mut near) = connection(&budget);
-    let account = near.connect_info();
+    let account = near.connect_info().account;
     let _permits = hog(&account).await;
     let refused = account.reserve(1, soon(&budget, 60)).await;
     assert_eq!(refused.map(drop), Err(EtcdError::TooManyRequests));

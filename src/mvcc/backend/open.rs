@@ -8,6 +8,7 @@
 //! | a table of this file | its last epoch's blocks are taken as found; all others are checked when read |
 //! | a header block that is neither the old nor the new one | put back from the table's copy |
 //! | a header without redb's magic that the table knows | its creation was cut off: begin again |
+//! | redb's magic without our tag, and a block that the table does not know | another file |
 //! | no table, a damaged one, or another file's | redb's integrity check on a scratch view, then a new table |
 //! | a length the table cannot explain | refused |
 
@@ -214,7 +215,7 @@ fn recover(
                 return rebuild(env, file, len, &header, last, RebuildReason::Damaged);
             }
             // A redb file that this module has never written to.
-            if is_redb && tag.is_none() {
+            if is_redb && tag.is_none() && !has_torn_header(&**file, len, table)? {
                 return rebuild(env, file, len, &header, last, RebuildReason::Foreign);
             }
             load(&**file, len, &header, slot, table)
@@ -222,6 +223,23 @@ fn recover(
         Err(_) if len == 0 => Ok(begin(env.entropy.next_u64(), Vec::new(), last, 0)),
         Err(reason) => rebuild(env, file, len, &header, last, reason),
     }
+}
+
+/// Whether a header without our tag is what a power cut left of the table's last epoch, and not another file's: a sector
+/// need not be written whole, and redb's magic may arrive without the rest. A block that no epoch was writing decides.
+fn has_torn_header(file: &dyn DiskFile, len: u32, table: &Table) -> io::Result<bool> {
+    let header_changed =
+        table.last.as_ref().is_some_and(|last| last.changes.first().is_some_and(|(at, _)| *at == 0));
+    let Some(estimate) = Estimate::new(table, len).ok().filter(|_| header_changed) else {
+        return Ok(false);
+    };
+    let doubtful = estimate.doubtful();
+    let is_witness =
+        |at: &u32| !doubtful.contains(at) && estimate.actual[*at as usize] != *ZERO_CRC;
+    let Some(witness) = (1..len).find(is_witness) else { return Ok(true) };
+    let mut block = vec![0; BLOCK_BYTES];
+    file.read_at(&mut block, offset_of(witness))?;
+    Ok(crc32c::crc32c(&block) == estimate.actual[witness as usize])
 }
 
 /// The table to use: of this file, with the newest record, and of two such the one with fewer doubts.

@@ -32,6 +32,8 @@ pub(super) struct Inode {
 pub(super) struct Pending {
     id: u64,
     change: Change,
+    /// It made the file longer, so whatever of it arrives brings the length along.
+    grows: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -111,8 +113,12 @@ impl Inode {
                         Self::apply(&mut self.durable, &pending.change);
                     }
                 }
-                Change::Write { offset, bytes } => {
+                Change::Write { offset, mut bytes } => {
                     let mut start = 0;
+                    if !pending.grows {
+                        // Written inside a length that did not get there: the blocks belong to no file.
+                        bytes.truncate(self.durable.len().saturating_sub(offset));
+                    }
                     while start < bytes.len() {
                         let at = offset + start;
                         let len = (SECTOR - at % SECTOR).min(bytes.len() - start);
@@ -411,11 +417,11 @@ impl World {
     fn change_content(&mut self, id: InodeId, end: usize, change: Change) -> io::Result<bool> {
         let free = self.free_bytes();
         self.next_id += 1;
-        let pending = Pending { id: self.next_id, change };
         let Some(inode) = self.inodes.get_mut(&id) else {
             return Err(Self::error(Failure::Eio));
         };
         let growth = end.saturating_sub(inode.current.len());
+        let pending = Pending { id: self.next_id, change, grows: 0 < growth };
         if free < growth as u64 {
             return Err(Self::error(Failure::Enospc));
         }
