@@ -68,7 +68,8 @@ fn paused_leader_never_answers_with_the_past() {
     let leader = cluster.leader();
     cluster.machines[leader].put("truth", "old");
     let runtime = runtime();
-    let mut client = runtime.block_on(connect_within(&cluster.machines[leader], Duration::from_secs(40)));
+    let mut client =
+        runtime.block_on(connect_within(&cluster.machines[leader], Duration::from_secs(40)));
     runtime.block_on(client.get("truth", None)).unwrap();
 
     cluster.machines[leader].pause();
@@ -133,8 +134,7 @@ fn paused_follower_holds_nobody_up_and_catches_up() {
 }
 
 /// Every order of three.
-const ORDERS: [[usize; 3]; 6] =
-    [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
+const ORDERS: [[usize; 3]; 6] = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
 
 #[test]
 fn cluster_that_lost_power_serves_again_in_every_order_of_starts() {
@@ -153,7 +153,10 @@ fn cluster_that_lost_power_serves_again_in_every_order_of_starts() {
             assert!(began.elapsed() < 2 * POWER_CYCLE_MAX);
         }
         let served = began.elapsed();
-        println!("{order:?}: serves {served:?} after the last start; {} promises", ledger.promises());
+        println!(
+            "{order:?}: serves {served:?} after the last start; {} promises",
+            ledger.promises()
+        );
         assert!(served < POWER_CYCLE_MAX, "{served:?}");
         cluster.machines.iter_mut().for_each(|machine| {
             machine.ready();
@@ -175,7 +178,10 @@ fn two_of_three_down_write_nothing_and_come_back() {
     let (status, said) = machine.etcdctl(&["put", "lonely", "no", "--command-timeout=4s"]);
     assert_ne!(status, 0, "{said}");
     // What is there can be read from the one that is left, if the client says that it may be old.
-    assert_eq!(machine.ctl(&["get", "before", "--consistency=s", "--print-value-only"]).trim(), "yes");
+    assert_eq!(
+        machine.ctl(&["get", "before", "--consistency=s", "--print-value-only"]).trim(),
+        "yes"
+    );
     let (status, said) = machine.etcdctl(&["get", "before", "--command-timeout=4s"]);
     assert_ne!(status, 0, "{said}");
     // A client that is ready to wait is answered when a majority is back.
@@ -184,7 +190,10 @@ fn two_of_three_down_write_nothing_and_come_back() {
     let waiting = runtime.spawn(async move { client.put("patient", "yes", None).await });
     cluster.machines[one].start();
     let back = cluster.machines[one].ready();
-    println!("one back in {back:?}; the waiting write: {:?}", runtime.block_on(waiting).unwrap().is_ok());
+    println!(
+        "one back in {back:?}; the waiting write: {:?}",
+        runtime.block_on(waiting).unwrap().is_ok()
+    );
     cluster.serves("two of three");
     cluster.machines[other].up();
     cluster.serves("three of three");

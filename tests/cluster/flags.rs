@@ -100,8 +100,7 @@ fn joiner_with_any_critical_flag_that_differs_is_refused_and_leaves_nothing() {
     let began = Instant::now();
     for way in WAYS {
         joiner.configure(&format!("{}\n", way.lines));
-        let (status, said) =
-            joiner.command(&["check", "--server", &url, "--token-file", &token]);
+        let (status, said) = joiner.command(&["check", "--server", &url, "--token-file", &token]);
         assert_eq!(status, CONFIGURATION, "{said}");
         assert_explained(joiner, way, &said);
         assert_untouched(joiner.db_dir());

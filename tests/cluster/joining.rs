@@ -121,7 +121,8 @@ fn founding_and_joining_killed_anywhere_are_finished_by_the_next_start() {
     cluster.settled(3);
     cluster.all_have("founded", "once");
     let ids: Vec<u64> = cluster.machines.iter().map(Machine::id).collect();
-    let listed: Vec<u64> = members(cluster.any()).iter().map(|m| m["ID"].as_u64().unwrap()).collect();
+    let listed: Vec<u64> =
+        members(cluster.any()).iter().map(|m| m["ID"].as_u64().unwrap()).collect();
     assert!(ids.iter().all(|id| listed.contains(id)), "{ids:?} and {listed:?}");
 }
 
@@ -182,7 +183,10 @@ fn what_cannot_join_is_refused_with_the_reason_and_leaves_nothing() {
     let joiner = cluster.add();
     let own = joiner.url();
     let table = [
-        (format!("token: K10{other_hash}::server:{password}\n"), "token CA hash does not match the Cluster CA"),
+        (
+            format!("token: K10{other_hash}::server:{password}\n"),
+            "token CA hash does not match the Cluster CA",
+        ),
         (format!("token: K10{hash}::server:not-the-password-at-all\n"), "refuses the token"),
         ("token: not-the-password-at-all\n".to_owned(), "refuses the token"),
         (format!("token: K10{hash}::node:{password}\n"), "agent's token"),

@@ -10,13 +10,19 @@ fn etcdctl_member_commands_do_what_etcd_does() {
     let cluster = Cluster::of(3, "");
     let machine = cluster.any();
     let absent = format!("https://{}:2380", cluster.street().address(99));
-    let (status, said) = machine.etcdctl(&["member", "add", "pi-9", &format!("--peer-urls={absent}")]);
+    let (status, said) =
+        machine.etcdctl(&["member", "add", "pi-9", &format!("--peer-urls={absent}")]);
     assert!(status != 0, "a voter that does not run would count at once: {said}");
-    let added = machine.json(&["member", "add", "pi-9", "--learner", &format!("--peer-urls={absent}")]);
+    let added =
+        machine.json(&["member", "add", "pi-9", "--learner", &format!("--peer-urls={absent}")]);
     let id = format!("{:x}", added["member"]["ID"].as_u64().unwrap());
     assert_eq!(members(machine).len(), 4);
     let (status, said) = machine.etcdctl(&["member", "promote", &id]);
-    assert!(status != 0 && said.contains("can only promote a learner member which is in sync with leader"), "{said}");
+    assert!(
+        status != 0
+            && said.contains("can only promote a learner member which is in sync with leader"),
+        "{said}"
+    );
     let moved = format!("https://{}:2380", cluster.street().address(98));
     machine.ctl(&["member", "update", &id, &format!("--peer-urls={moved}")]);
     let list = members(machine);
@@ -45,7 +51,10 @@ fn removal_that_would_cost_the_majority_is_refused_with_the_numbers() {
     assert!(said.contains("2 voters, 2 needed for a majority, 1 answers"), "{said}");
     let id = format!("{:x}", cluster.machines[staying].id());
     let (status, said) = cluster.any().etcdctl(&["member", "remove", &id]);
-    assert!(status != 0 && said.contains("unhealthy") || said.contains("not enough started"), "{said}");
+    assert!(
+        status != 0 && said.contains("unhealthy") || said.contains("not enough started"),
+        "{said}"
+    );
     // The dead one can be removed; what is left warns of two.
     let dead = cluster.machines[away].name.clone();
     let said = cluster.any().run(&["member", "remove", &dead, "--yes"]);

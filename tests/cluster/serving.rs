@@ -133,7 +133,8 @@ fn etcdctl_asks_the_whole_cluster() {
     // The health of one that is gone is told, and does not take for ever.
     cluster.machines[follower].kill();
     let began = Instant::now();
-    let (status, said) = cluster.any().etcdctl(&["endpoint", "health", "--cluster", "--command-timeout=3s"]);
+    let (status, said) =
+        cluster.any().etcdctl(&["endpoint", "health", "--cluster", "--command-timeout=3s"]);
     assert_ne!(status, 0);
     assert_eq!(said.matches("is healthy").count(), 2, "{said}");
     assert!(began.elapsed() < LONG);
