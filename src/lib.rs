@@ -19,6 +19,7 @@ pub mod pki;
 pub mod systemd;
 pub mod wal;
 
+pub mod client;
 pub mod critical;
 pub mod watch;
 

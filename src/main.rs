@@ -5,9 +5,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use k3s_server::admin::check::{NotAsked, Sources, Verdict, ask_cluster};
-use k3s_server::admin::client::Connection;
 use k3s_server::admin::{self, Action, AdminError};
-use k3s_server::cli::{self, Failure, Format, Programs, WalArguments};
+use k3s_server::cli::{self, Failure, Format, Programs, RepairArguments, WalArguments};
+use k3s_server::client::Connection;
 use k3s_server::config::{Config, Loaded};
 use k3s_server::env::host;
 use k3s_server::join::Identity;
@@ -63,6 +63,16 @@ impl Programs for Assembly {
 
     fn wal_dump(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure> {
         server::dump(&arguments.directory, arguments.format == Format::Json, out).map_err(failed)
+    }
+
+    fn wal_repair(&self, arguments: &RepairArguments, out: &mut dyn Write) -> Result<(), Failure> {
+        server::repair(&arguments.directory, arguments.accept_data_loss, out).map_err(|error| {
+            let failure = failed(&error);
+            match error.remedy() {
+                Some(remedy) => failure.fix(remedy),
+                None => failure,
+            }
+        })
     }
 }
 

@@ -40,20 +40,22 @@ mutants! {
     PurgeBeyondCheckpoint = "purge-beyond-checkpoint",
     /// After a restart, entries that the state has are applied again.
     AppliedTwice = "applied-twice",
-    /// The applied entry's number is not part of the transaction that applies it.
-    AppliedOutsideTransaction = "applied-outside-transaction",
     /// A restarted leader leads on in the same term.
     LeaderRestored = "leader-restored",
     /// A vote is granted to a candidate whose log is shorter.
     VoteForShorterLog = "vote-for-shorter-log",
+    /// A follower takes for committed what it has just been sent.
+    CommittedEarly = "committed-early",
+    /// Compaction removes the newest revision of a key as well.
+    CompactionRemovesLive = "compaction-removes-live",
+    /// The name of a new slot is not made durable.
+    NameNotSynced = "name-not-synced",
     /// A command whose outcome is unknown is proposed again.
     UnknownProposedAgain = "unknown-proposed-again",
     /// A linearizable read does not ask a majority.
     ReadWithoutQuorum = "read-without-quorum",
     /// A linearizable read does not wait until what is committed is applied.
     ReadBeforeApplied = "read-before-applied",
-    /// A learner's answer counts for the majority of a read.
-    LearnerCounted = "learner-counted",
     /// A snapshot is installed without the membership in it.
     SnapshotWithoutMembership = "snapshot-without-membership",
     /// A node goes on with an old image of its card.

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use thiserror::Error;
 
 use super::AdminError;
-use super::client::{self, Connection, ConnectionError};
+use crate::client::{self, Connection, ConnectionError};
 use crate::config::{Config, Problems, Start, TokenSource};
 use crate::critical::{CriticalFlags, FlagsError, gate};
 use crate::env::host;

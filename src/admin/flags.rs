@@ -6,9 +6,9 @@ use serde_json::json;
 use tonic::Code;
 use tonic::transport::Channel;
 
-use super::client::Connection;
 use super::table;
 use super::{AdminError, Format};
+use crate::client::Connection;
 use crate::critical::{Change, ClusterFlags, ClusterSide, date, line};
 use crate::proto::node::admin_client::AdminClient;
 use crate::proto::node::{ChangeFlagRequest, FlagsReply, FlagsRequest};

@@ -12,9 +12,9 @@ use thiserror::Error;
 use tonic::Status;
 use tonic::transport::Channel;
 
-use super::client::Connection;
 use super::table;
 use super::{AdminError, Confirm, Format};
+use crate::client::Connection;
 use crate::proto::etcdserverpb as pb;
 use crate::proto::etcdserverpb::cluster_client::ClusterClient;
 use crate::proto::etcdserverpb::maintenance_client::MaintenanceClient;

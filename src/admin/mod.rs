@@ -2,7 +2,7 @@
 //!
 //! # Shape
 //!
-//! [`client`] calls port 2379 as any etcd client does, with a client certificate. [`flags`], [`members`] and [`check`] are one
+//! [`crate::client`] calls port 2379 with a client certificate. [`flags`], [`members`] and [`check`] are one
 //! command each: ask, decide what to say (pure), print. [`run`] is the way in.
 //!
 //! # Invariants
@@ -15,7 +15,6 @@
 //! The command line (`cli`); the answers (`etcd`).
 
 pub mod check;
-pub mod client;
 pub mod flags;
 pub mod members;
 
@@ -25,8 +24,8 @@ use std::io::{self, Write};
 
 use thiserror::Error;
 
-use self::client::{Connection, ConnectionError};
 use self::members::MemberError;
+use crate::client::{self, Connection, ConnectionError};
 
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,32 +1,36 @@
 //! The Lease service.
 //!
 //! Grants and revocations are written to the log. Renewals and remaining times are the leader's business: this node
-//! answers them when it leads, after confirming that it still does, and otherwise asks the leader.
+//! answers them when it leads, after confirming that it still does, and otherwise asks the leader. `expiry` says why this
+//! suffices.
 
 use std::pin::Pin;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use futures_util::stream::{self, Stream};
 use prost::Message as _;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::answer::{Held, Meter};
-use super::api::{Api, Call, Extent, wrong_reply};
+use super::api::{Api, Call, Extent, Freshness, wrong_reply};
 use super::error::{EtcdError, store_failed};
-use super::{gate, validate};
-use crate::apply::{ReadError, Reply, Room as _};
+use super::{LeaderLeases, gate, validate};
+use crate::apply::{ReadError as ReadFailure, Reply, Room as _};
 use crate::command::{Command, lease_id_from};
 use crate::lease::RenewError;
 use crate::mvcc::ReadTxn;
 use crate::proto::etcdserverpb as pb;
 use crate::proto::etcdserverpb::lease_server::Lease;
-use crate::raft::Role;
-use crate::types::{LeaseId, NodeId};
+use crate::raft::{ReadError, Role};
+use crate::types::{LeaseId, NodeId, Term};
 
 /// What etcd answers for the remaining time of a lease that is not there.
 const NO_SUCH_LEASE: i64 = -1;
+
+/// Rest before it is asked again who answers for leases, unless that changes sooner.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// See the module documentation.
 #[derive(Debug)]
@@ -91,24 +95,46 @@ impl Api {
         let header = self.header_now()?;
         let deadline = self.own_deadline();
         let id = LeaseId::new(request.id);
-        let ttl = match self.keeper()? {
-            Keeper::Here => self.renew_here(id, deadline).await?,
-            Keeper::There(leader) => match &self.parts().leader_leases {
-                Some(leases) => leases.renew(leader, id, deadline).await?,
-                None => return Err(EtcdError::LeaderChanged.into()),
-            },
+        let ttl = loop {
+            let renewed = match self.keeper() {
+                Ok(Keeper::Here) => self.renew_here(id, deadline).await,
+                Ok(Keeper::There(leader)) => match &self.parts().leader_leases {
+                    Some(leases) => leases.renew(leader, id, deadline).await,
+                    None => Err(EtcdError::LeaderChanged.into()),
+                },
+                Err(error) => Err(error.into()),
+            };
+            match renewed {
+                Ok(ttl) => break ttl,
+                Err(status) => self.wait_for_keeper(status, deadline).await?,
+            }
         };
         Ok(pb::LeaseKeepAliveResponse { header, id: request.id, ttl })
     }
 
+    /// Waits until it makes sense to ask again who answers for leases. Asking twice does no harm, and during an election
+    /// there is nobody; so, as in etcd, the client need not hear of it before the deadline.
+    async fn wait_for_keeper(&self, status: Status, deadline: Instant) -> Result<(), Status> {
+        let clock = &self.parts().env.clock;
+        let stopped = status.message() == EtcdError::Stopped.text();
+        if status.code() != Code::Unavailable || stopped || deadline <= clock.now() {
+            return Err(status);
+        }
+        let mut node = self.watch_status();
+        tokio::select! {
+            // This node is stopping.
+            changed = node.changed() => changed.map_err(|_closed| EtcdError::Stopped.into()),
+            () = clock.sleep(PAUSE) => Ok(()),
+        }
+    }
+
     /// Renews a lease of this leader; 0 if there is none. Also what another member's keep-alive ends in.
     pub async fn renew_here(&self, id: LeaseId, deadline: Instant) -> Result<i64, Status> {
-        // Without the barrier a deposed leader would keep promising time that its successor does not give.
-        self.barrier(deadline).await?;
         let leases = &self.parts().leases;
         loop {
             let mut changes = leases.watch_changes();
-            match leases.renew(id) {
+            let term = self.confirm_term(deadline).await?;
+            match leases.renew(id, term) {
                 Ok(ttl) => return Ok(ttl),
                 Err(RenewError::NotFound) => return Ok(0),
                 Err(RenewError::NotLeader) => return Err(EtcdError::LeaderChanged.into()),
@@ -116,13 +142,27 @@ impl Api {
                     let checkpoint = pb::LeaseCheckpoint { id: id.get(), remaining_ttl: 0 };
                     let request = pb::LeaseCheckpointRequest { checkpoints: vec![checkpoint] };
                     self.propose(Command::LeaseCheckpoint(request), deadline).await?;
-                    if leases.renew(id) == Err(RenewError::ClearCheckpoint) {
+                    if leases.renew(id, term) == Err(RenewError::ClearCheckpoint) {
                         wait_for_change(self, &mut changes, deadline).await?;
                     }
                 }
-                // Its revocation is under way: the answer is known when that is done.
-                Err(RenewError::Expired) => wait_for_change(self, &mut changes, deadline).await?,
+                // Its revocation, or its checkpoint, is under way: the answer is known when that is done.
+                Err(RenewError::Expired | RenewError::CheckpointUnderWay) => {
+                    wait_for_change(self, &mut changes, deadline).await?;
+                }
             }
+        }
+    }
+
+    /// The term in which the lease clocks run here, after a majority has confirmed that this node still leads in it: a deposed
+    /// leader would keep promising time that its successor does not give.
+    async fn confirm_term(&self, deadline: Instant) -> Result<Term, Status> {
+        let term = self.parts().leases.term().ok_or(EtcdError::LeaderChanged)?;
+        match self.parts().node.leads_in(term, deadline).await {
+            Ok(_barrier) => Ok(term),
+            // It leads in another term by now, or not at all.
+            Err(ReadError::NoLeader) => Err(EtcdError::LeaderChanged.into()),
+            Err(error) => Err(EtcdError::from(error).into()),
         }
     }
 
@@ -141,28 +181,29 @@ impl Api {
         request: &pb::LeaseTimeToLiveRequest,
         call: &Call,
     ) -> Result<Held<pb::LeaseTimeToLiveResponse>, Status> {
-        let freshness = self.barrier(call.deadline).await?;
+        let term = self.confirm_term(call.deadline).await?;
         let id = LeaseId::new(request.id);
-        let header = self.header_at(self.view(&freshness)?.revision());
+        let header = self.header_now()?;
+        let lease = self.parts().leases.lease(id, term).map_err(|_| EtcdError::LeaderChanged)?;
         let mut answer =
             pb::LeaseTimeToLiveResponse { header, id: request.id, ..Default::default() };
-        match self.parts().leases.lease(id) {
-            Some(lease) => {
-                answer.ttl = lease.remaining_secs;
-                answer.granted_ttl = lease.ttl_secs;
-            }
-            None if self.parts().leases.leads() => answer.ttl = NO_SUCH_LEASE,
-            None => return Err(EtcdError::LeaderChanged.into()),
-        }
-        if !request.keys || answer.ttl == NO_SUCH_LEASE {
+        let Some(lease) = lease else {
+            answer.ttl = NO_SUCH_LEASE;
+            return Ok(Held { answer, permit: None });
+        };
+        answer.ttl = lease.remaining_secs;
+        answer.granted_ttl = lease.ttl_secs;
+        if !request.keys {
             return Ok(Held { answer, permit: None });
         }
         let keys = move |view: &ReadTxn, room: &Meter| {
             let keys = view.lease_keys(id)?;
             let bytes = keys.iter().map(|key| 2 * key.len() + size_of::<Bytes>()).sum();
-            if room.keep(bytes) { Ok(Ok(keys)) } else { Err(ReadError::NoRoom) }
+            if room.keep(bytes) { Ok(Ok(keys)) } else { Err(ReadFailure::NoRoom) }
         };
-        let (keys, _, permit) = self.read(call, &freshness, Extent::ManyKeys, keys).await?;
+        // Everything committed before the confirmation is applied, so the local store is new enough.
+        let read = self.read(call, &Freshness::Serializable, Extent::ManyKeys, keys).await?;
+        let (keys, _, permit) = read;
         answer.keys = keys;
         Ok(Held::new(answer, permit))
     }
@@ -172,17 +213,34 @@ impl Api {
         request: pb::LeaseTimeToLiveRequest,
         call: &Call,
     ) -> Result<Held<pb::LeaseTimeToLiveResponse>, Status> {
-        match (self.keeper()?, &self.parts().leader_leases) {
-            (Keeper::Here, _) => self.own_time_to_live(&request, call).await,
-            (Keeper::There(leader), Some(leases)) => {
-                let revision = self.revision()?;
-                let mut answer = leases.time_to_live(leader, request, call.deadline).await?;
-                answer.header = self.header_at(revision);
-                let permit = call.account.reserve(answer.encoded_len() as u64, None).await?;
-                Ok(Held::new(answer, permit))
+        loop {
+            let answered = match (self.keeper(), &self.parts().leader_leases) {
+                (Ok(Keeper::Here), _) => self.own_time_to_live(&request, call).await,
+                (Ok(Keeper::There(leader)), Some(leases)) => {
+                    self.their_time_to_live(leader, &**leases, request, call).await
+                }
+                (Ok(Keeper::There(_)), None) => Err(EtcdError::LeaderChanged.into()),
+                (Err(error), _) => Err(error.into()),
+            };
+            match answered {
+                Ok(answer) => return Ok(answer),
+                Err(status) => self.wait_for_keeper(status, call.deadline).await?,
             }
-            (Keeper::There(_), None) => Err(EtcdError::LeaderChanged.into()),
         }
+    }
+
+    async fn their_time_to_live(
+        &self,
+        leader: NodeId,
+        leases: &dyn LeaderLeases,
+        request: pb::LeaseTimeToLiveRequest,
+        call: &Call,
+    ) -> Result<Held<pb::LeaseTimeToLiveResponse>, Status> {
+        let revision = self.revision()?;
+        let mut answer = leases.time_to_live(leader, request, call.deadline).await?;
+        answer.header = self.header_at(revision);
+        let permit = call.account.reserve(answer.encoded_len() as u64, Some(call.deadline)).await?;
+        Ok(Held::new(answer, permit))
     }
 
     async fn leases(&self, call: &Call) -> Result<Held<pb::LeaseLeasesResponse>, Status> {
@@ -190,7 +248,7 @@ impl Api {
         let bytes = self.parts().leases.statistics().alive as u64 * BYTES_PER_LEASE;
         let permit = call.account.reserve(bytes, Some(call.deadline)).await?;
         let view = self.view(&super::api::Freshness::Serializable)?;
-        let ids = if self.parts().leases.leads() {
+        let ids = if self.parts().leases.term().is_some() {
             self.parts().leases.leases()
         } else {
             let records = view.leases().map_err(|error| store_failed(&error))?;

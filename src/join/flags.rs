@@ -3,24 +3,36 @@
 //! # Shape
 //!
 //! [`local`] compares before Raft runs, with what the disk has; [`establish`] once Raft runs: it records the flags where
-//! there is no record yet, which is how a cluster is founded. [`follow`] notices when an operator changes the record.
+//! there is no record yet, which is how a cluster is founded. [`follow`] notices when an operator changes the record, and
+//! keeps what it saw last in a file ([`seen`]), so that a start that will be refused is noticed before anything is opened.
 //!
 //! # Invariants
 //!
 //! - A start that was interrupted before the record was written writes it at the next start.
+//! - The file is a hint: it may be old, and decides nothing by itself.
 //! - A running server goes on with flags that were changed under it: it says so, and is refused at its next start.
 
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use prost::Message;
 use thiserror::Error;
 
 use crate::announce;
 use crate::apply::{self, Reply};
 use crate::critical::{CriticalFlags, FlagsError, MatchedFlags, gate};
+use crate::env::Env;
 use crate::events::EventId;
 use crate::mvcc::{ReadTxn, StoreError};
+use crate::proto::node::SeenCluster;
 use crate::raft::{Node, ProposeError};
+
+/// In the data directory: a [`SeenCluster`] and its CRC-32C.
+pub const FILE: &str = "flags";
+
+const CRC_BYTES: usize = 4;
 
 /// How often the record is looked at, at most. It changes once in a cluster's life, if ever.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
@@ -66,16 +78,41 @@ pub async fn establish(
     local(own, &node.store().read()?)?.ok_or_else(|| FlagsError::Unrecorded.into())
 }
 
-/// Compares whenever the record changes, for as long as the node runs, and says where this server differs.
-pub async fn follow(node: Node, own: CriticalFlags) {
+/// The cluster as this server saw it last. A file that is damaged is none.
+pub fn seen(env: &Env, dir: &Path) -> io::Result<Option<SeenCluster>> {
+    let Some(bytes) = super::file::read(&*env.disk, &dir.join(FILE))? else { return Ok(None) };
+    let Some((message, crc)) = bytes.split_last_chunk::<CRC_BYTES>() else { return Ok(None) };
+    let sound = crc32c::crc32c(message) == u32::from_le_bytes(*crc);
+    Ok(sound.then(|| SeenCluster::decode(message).ok()).flatten())
+}
+
+/// Keeps it for [`seen`]; writes only what is new.
+pub async fn keep(env: &Env, dir: &Path, cluster: &SeenCluster) -> io::Result<()> {
+    if seen(env, dir)?.as_ref() == Some(cluster) {
+        return Ok(());
+    }
+    let mut bytes = cluster.encode_to_vec();
+    bytes.extend(crc32c::crc32c(&bytes).to_le_bytes());
+    super::file::replace(env, &dir.join(FILE), &bytes).await
+}
+
+/// Compares whenever the record changes, for as long as the node runs; says where this server differs, and keeps what it saw
+/// in `dir`.
+pub async fn follow(node: Node, own: CriticalFlags, dir: PathBuf) {
     let mut status = node.watch_status();
-    let clock = std::sync::Arc::clone(&node.env().clock);
-    let mut seen = Bytes::new();
+    let clock = Arc::clone(&node.env().clock);
+    let mut last = SeenCluster::default();
     loop {
-        match record(&node) {
-            Ok(record) if record != seen => {
-                report(&own, &record);
-                seen = record;
+        match look(&node) {
+            Ok(cluster) if cluster != last => {
+                if cluster.flags != last.flags {
+                    report(&own, &cluster.flags);
+                }
+                if let Err(error) = keep(node.env(), &dir, &cluster).await {
+                    // A refusal is noticed later then, and nothing else is lost.
+                    tracing::debug!(%error, "{FILE} was not written");
+                }
+                last = cluster;
             }
             Ok(_) => {}
             Err(error) => tracing::debug!(%error, "the critical flags cannot be read"),
@@ -87,8 +124,11 @@ pub async fn follow(node: Node, own: CriticalFlags) {
     }
 }
 
-fn record(node: &Node) -> Result<Bytes, StoreError> {
-    Ok(apply::flags(&node.store().read()?)?.unwrap_or_default())
+fn look(node: &Node) -> Result<SeenCluster, StoreError> {
+    let flags = apply::flags(&node.store().read()?)?.unwrap_or_default();
+    let status = node.status();
+    let others = status.members.into_iter().filter(|member| member.id != status.node);
+    Ok(SeenCluster { flags, client_urls: others.flat_map(|member| member.client_urls).collect() })
 }
 
 fn report(own: &CriticalFlags, record: &[u8]) {
@@ -98,6 +138,39 @@ fn report(own: &CriticalFlags, record: &[u8]) {
         Err(FlagsError::Unrecorded) => {}
         Err(error @ FlagsError::Record(_)) => {
             tracing::warn!(%error, "the critical flags cannot be compared");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::env::host;
+
+    #[tokio::test]
+    async fn what_was_seen_is_kept_and_damage_is_not_believed() {
+        let (env, dir) = (host::env(), tempfile::tempdir().unwrap());
+        let cluster = |flags: &'static str, urls: &[&str]| SeenCluster {
+            flags: flags.into(),
+            client_urls: urls.iter().map(|url| (*url).to_owned()).collect(),
+        };
+        assert_eq!(seen(&env, dir.path()).unwrap(), None);
+        for one in [cluster("first", &[]), cluster("second", &["a", "b"]), cluster("", &[])] {
+            keep(&env, dir.path(), &one).await.unwrap();
+            assert_eq!(seen(&env, dir.path()).unwrap(), Some(one));
+        }
+        keep(&env, dir.path(), &cluster("record", &["https://10.0.0.2:2379"])).await.unwrap();
+        let path = dir.path().join(FILE);
+        let good = fs::read(&path).unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 0x10;
+            fs::write(&path, &bad).unwrap();
+            assert_eq!(seen(&env, dir.path()).unwrap(), None, "byte {at}");
+            fs::write(&path, &good[..at]).unwrap();
+            assert_eq!(seen(&env, dir.path()).unwrap(), None, "cut at {at}");
         }
     }
 }

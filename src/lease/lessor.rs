@@ -31,6 +31,8 @@ pub enum RenewError {
     Expired,
     /// Write a checkpoint of zero first, then ask again.
     ClearCheckpoint,
+    /// A checkpoint is being written that would outlive the renewal: wait for the end of that.
+    CheckpointUnderWay,
 }
 
 /// A lease as the replicated state knows it.
@@ -53,11 +55,23 @@ pub struct Lease {
     pub remaining_secs: i64,
 }
 
+/// What the log may come to hold of a checkpoint that this leader wrote and the store does not show yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Written {
+    /// Nothing.
+    No,
+    /// It is on its way.
+    UnderWay,
+    /// Nobody knows: it may be applied later, or never.
+    Unknown,
+}
+
 #[derive(Clone, Copy, Debug)]
 struct State {
     ttl_secs: i64,
-    /// Of the last checkpoint; 0 if there is none.
+    /// Of the last checkpoint applied; 0 if there is none.
     checkpoint_secs: i64,
+    written: Written,
     /// Known to the leader only.
     expires: Option<Instant>,
     /// When the remaining time should next be written.
@@ -122,7 +136,22 @@ impl Lessor {
     pub fn checkpointed(&mut self, now: Instant, id: LeaseId, remaining_secs: i64) {
         if let Some(state) = self.leases.get_mut(&id) {
             state.checkpoint_secs = remaining_secs;
+            // A leader clears a checkpoint only when none is on its way, so this came after all that it wrote.
+            if remaining_secs == 0 {
+                state.written = Written::No;
+            }
             self.schedule_checkpoint(now, id);
+        }
+    }
+
+    /// The checkpoints of these leases, handed out by [`Lessor::take_checkpoints`], were written, or may have been.
+    pub fn checkpoints_ended(&mut self, ids: impl IntoIterator<Item = LeaseId>, applied: bool) {
+        for id in ids {
+            if let Some(state) = self.leases.get_mut(&id)
+                && state.written == Written::UnderWay
+            {
+                state.written = if applied { Written::No } else { Written::Unknown };
+            }
         }
     }
 
@@ -145,6 +174,8 @@ impl Lessor {
             state.expires = None;
             state.checkpoint_due = None;
             state.revoking_until = None;
+            // What becomes of it is settled before this node can lead again: a leader begins with all of the log applied.
+            state.written = Written::No;
         }
     }
 
@@ -162,8 +193,11 @@ impl Lessor {
         if state.expires.is_some_and(|expires| expires <= now) {
             return Err(RenewError::Expired);
         }
-        if 0 < state.checkpoint_secs {
-            return Err(RenewError::ClearCheckpoint);
+        match state.written {
+            Written::UnderWay => return Err(RenewError::CheckpointUnderWay),
+            Written::Unknown => return Err(RenewError::ClearCheckpoint),
+            Written::No if 0 < state.checkpoint_secs => return Err(RenewError::ClearCheckpoint),
+            Written::No => {}
         }
         let ttl_secs = state.ttl_secs;
         self.start_clock(now, id, Duration::ZERO);
@@ -220,7 +254,8 @@ impl Lessor {
         }
     }
 
-    /// Up to `count` leases whose remaining seconds should be written now. Rounded up: never early.
+    /// Up to `count` leases whose remaining seconds should be written now, to be followed by
+    /// [`Lessor::checkpoints_ended`]. Rounded up: never early.
     pub fn take_checkpoints(&mut self, now: Instant, count: usize) -> Vec<(LeaseId, i64)> {
         let due: Vec<LeaseId> = self
             .checkpoints
@@ -232,10 +267,12 @@ impl Lessor {
         let mut out = Vec::new();
         for id in due {
             self.schedule_checkpoint(now, id);
-            let Some(state) = self.leases.get(&id) else { continue };
+            let Some(state) = self.leases.get_mut(&id) else { continue };
             let Some(expires) = state.expires else { continue };
             let remaining_secs = round_up(expires.saturating_duration_since(now));
-            if 0 < remaining_secs && remaining_secs < state.ttl_secs {
+            if 0 < remaining_secs && remaining_secs < state.ttl_secs && state.written == Written::No
+            {
+                state.written = Written::UnderWay;
                 out.push((id, remaining_secs));
             }
         }
@@ -297,6 +334,7 @@ impl State {
         Self {
             ttl_secs,
             checkpoint_secs,
+            written: Written::No,
             expires: None,
             checkpoint_due: None,
             revoking_until: None,
@@ -423,6 +461,7 @@ mod tests {
         assert_eq!(lessor.take_checkpoints(now, 9), [(A, 700)]);
         assert!(lessor.take_checkpoints(now, 9).is_empty());
         lessor.checkpointed(now, A, 700);
+        lessor.checkpoints_ended([A], true);
 
         let mut next = Lessor::new(Settings::default());
         next.restore(now, [Record { id: A, ttl_secs: 1_000, checkpoint_secs: 700 }]);
@@ -441,6 +480,34 @@ mod tests {
         assert_eq!(lessor.renew(start, A), Err(RenewError::ClearCheckpoint));
         lessor.checkpointed(start, A, 0);
         assert_eq!(lessor.renew(start, A), Ok(1_000));
+    }
+
+    /// Else the renewal's full time would be promised, and the next leader would go by the checkpoint.
+    #[test]
+    fn renewal_waits_for_a_checkpoint_on_its_way_and_clears_what_may_have_been_written() {
+        let start = Instant::now();
+        let mut lessor = leader(start);
+        lessor.granted(start, A, 1_000);
+        let now = start + secs(301);
+        assert_eq!(lessor.take_checkpoints(now, 9), [(A, 699)]);
+        assert_eq!(lessor.renew(now, A), Err(RenewError::CheckpointUnderWay));
+        // Nobody knows what became of it.
+        lessor.checkpoints_ended([A], false);
+        assert_eq!(lessor.renew(now, A), Err(RenewError::ClearCheckpoint));
+        assert!(lessor.take_checkpoints(now + secs(301), 9).is_empty(), "one at a time");
+        lessor.checkpointed(now, A, 699);
+        assert_eq!(lessor.renew(now, A), Err(RenewError::ClearCheckpoint));
+        lessor.checkpointed(now, A, 0);
+        assert_eq!(lessor.renew(now, A), Ok(1_000));
+
+        let now = now + secs(301);
+        assert_eq!(lessor.take_checkpoints(now, 9), [(A, 699)]);
+        lessor.checkpointed(now, A, 699);
+        lessor.checkpoints_ended([A], true);
+        assert_eq!(lessor.renew(now, A), Err(RenewError::ClearCheckpoint));
+        lessor.demote();
+        lessor.promote(now, Duration::ZERO);
+        assert_eq!(lessor.renew(now, A), Err(RenewError::ClearCheckpoint), "it is in the store");
     }
 
     #[test]

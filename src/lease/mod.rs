@@ -14,7 +14,7 @@
 //! - A lease expires no earlier than its seconds after the grant was applied, the last renewal, or the
 //!   promotion of this leader (then with the remaining seconds of the last checkpoint, if it has one).
 //! - A lease whose remaining seconds are checkpointed is not renewed before the checkpoint is cleared in the log:
-//!   else the next leader would expire it early.
+//!   else the next leader would expire it early. Nor is it while a checkpoint is on its way.
 //! - One revocation per lease is under way at a time.
 //!
 //! # Not here

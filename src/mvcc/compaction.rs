@@ -11,6 +11,7 @@
 
 use redb::ReadableTable;
 
+use crate::mutants::{Mutant, is_planted};
 use crate::types::Revision;
 
 use super::format::{CurRecord, POSITION_BYTES, Position, RevRecord};
@@ -70,6 +71,9 @@ impl WriteTxn<'_> {
     fn forget(&mut self, record: &Obsolete) -> Result<(), StoreError> {
         if let Some(previous) = record.previous {
             self.remove_revision(previous)?;
+        }
+        if is_planted(Mutant::CompactionRemovesLive) {
+            self.remove_revision(record.at)?;
         }
         let Some(key) = &record.buried else {
             return Ok(());

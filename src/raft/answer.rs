@@ -20,10 +20,11 @@ use openraft::errors::{Fatal, RaftError};
 use super::promise::Promise;
 use super::snapshot;
 use super::transport::{Answer, BoxStream, CallError, Method, Refused, StreamMethod};
-use super::types::{RaftVote, TypeConfig};
+use super::types::{self, RaftVote, TypeConfig};
 use super::wire::{self, Append, AppendReply, Appended, AskVote, Voted};
 use super::{Node, pipeline};
 use crate::env::BoxFuture;
+use crate::mutants::{Mutant, is_planted};
 use crate::types::NodeId;
 
 impl Answer for Node {
@@ -99,7 +100,13 @@ impl Node {
     }
 
     async fn answer_vote(&self, from: NodeId, request: Bytes) -> Result<Bytes, Refused> {
-        let request = read_vote(from, request)?;
+        let mut request = read_vote(from, request)?;
+        if is_planted(Mutant::VoteForShorterLog) {
+            request.last_log_id = Some(types::raft_log_id(crate::types::LogId {
+                term: crate::types::Term::new(u64::MAX),
+                ..crate::types::LogId::default()
+            }));
+        }
         let asked = request.vote;
         let reply = self.raft().vote(request).await.map_err(failed)?;
         // A candidate counts the vote by what it says, whether or not it calls itself granted.
@@ -204,7 +211,11 @@ fn accepted_requests(
 }
 
 fn read_append(from: NodeId, message: Bytes) -> Result<Append, Refused> {
-    let request = wire::decode_append(message)?;
+    let mut request = wire::decode_append(message)?;
+    if is_planted(Mutant::CommittedEarly) {
+        let last = request.entries.last().map(|entry| entry.log_id);
+        request.leader_commit = last.max(request.leader_commit);
+    }
     wire::caller(from, &request.vote)?;
     Ok(request)
 }

@@ -27,6 +27,7 @@ use super::{Member, Node, ProposeError, Role, Status};
 use crate::apply::Outcome;
 use crate::command::{Command, Encoded};
 use crate::limits;
+use crate::mutants::{Mutant, is_planted};
 use crate::proto::node as wire;
 use crate::proto::node::ProposeFailure;
 use crate::proto::node::propose_reply::Result as Answer;
@@ -61,6 +62,9 @@ fn judge(answer: Result<Bytes, CallError>) -> Attempt {
     match answer {
         Ok(bytes) => judge_reply(wire::ProposeReply::decode(bytes).unwrap_or_default()),
         Err(CallError::Unreachable(_)) => Attempt::NotEntered(None),
+        Err(CallError::Interrupted(_)) if is_planted(Mutant::UnknownProposedAgain) => {
+            Attempt::NotEntered(None)
+        }
         Err(CallError::Interrupted(_)) => Attempt::Failed(ProposeError::LeaderChanged),
         Err(CallError::Refused(Refused::NotLeader(leader))) => Attempt::NotEntered(leader),
         Err(CallError::Refused(
@@ -267,7 +271,7 @@ impl Node {
     }
 
     /// Whether this node leads now, in this term if one is given.
-    async fn leads(&self, term: Option<Term>) -> Result<bool, ProposeError> {
+    pub(super) async fn leads(&self, term: Option<Term>) -> Result<bool, ProposeError> {
         let id = self.id();
         let look = self.raft().with_raft_state(move |state| {
             let vote = types::vote(state.vote_ref());

@@ -7,6 +7,7 @@ use prost::Message;
 
 use super::state_machine;
 use super::types::{self, Payload};
+use crate::apply;
 use crate::command::{Command, Encoded};
 use crate::mvcc::ReadTxn;
 use crate::proto::node as wire;
@@ -60,11 +61,14 @@ pub struct Tail {
     pub membership: wire::StoredMembership,
     /// Starts of nodes in the log. Each has happened, whether its entry is committed or not.
     pub epochs: BTreeMap<NodeId, u64>,
+    /// The critical flags as recorded, if everything in the log is committed, as it is on a lone node.
+    pub flags: Option<Bytes>,
 }
 
 /// Reads the log beyond what the store has applied: after a crash that may be minutes of it.
 pub fn tail(view: &ReadTxn, wal: &Wal) -> Result<Tail, String> {
-    let mut tail = Tail { membership: stored_membership(view)?, epochs: BTreeMap::new() };
+    let flags = apply::flags(view).map_err(|error| error.to_string())?;
+    let mut tail = Tail { membership: stored_membership(view)?, epochs: BTreeMap::new(), flags };
     let mut next = view.applied().map_or(LogIndex::new(0), |applied| applied.index.next());
     let end = wal.hard_state().last.map_or(LogIndex::new(0), |last| last.index.next());
     while next < end {
@@ -90,11 +94,20 @@ pub fn tail(view: &ReadTxn, wal: &Wal) -> Result<Tail, String> {
 impl Tail {
     /// A command that cannot be read is reported by whoever applies it.
     fn note(&mut self, command: &Encoded) {
-        if let Ok(Command::Cluster(change)) = command.decode()
-            && let Some(Change::Boot(boot)) = change.change
-        {
-            let known = self.epochs.entry(NodeId::new(boot.node)).or_default();
-            *known = boot.epoch.max(*known);
+        let Ok(Command::Cluster(change)) = command.decode() else { return };
+        match change.change {
+            Some(Change::Boot(boot)) => {
+                let known = self.epochs.entry(NodeId::new(boot.node)).or_default();
+                *known = boot.epoch.max(*known);
+            }
+            // As `apply` does it.
+            Some(Change::RecordFlags(first)) => {
+                self.flags.get_or_insert(first.flags);
+            }
+            Some(Change::SetFlag(set)) if self.flags.as_ref() == Some(&set.expected) => {
+                self.flags = Some(set.flags);
+            }
+            Some(Change::SetFlag(_) | Change::Retire(_)) | None => {}
         }
     }
 }

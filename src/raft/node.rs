@@ -23,9 +23,12 @@ use super::stats::{Counters, Stats};
 use super::transport::{Refused, Transport};
 use super::types::{self, Raft, TypeConfig};
 use super::{Follow, Member, Role, Status};
+use crate::announce;
 use crate::apply::Operations;
 use crate::env::Env;
+use crate::events::{EventId, fields};
 use crate::limits;
+use crate::mutants::{Mutant, is_planted};
 use crate::mvcc::{Store, StoreError};
 use crate::types::{ByteCount, ClusterId, LogIndex, NodeId, Term};
 use crate::wal::Wal;
@@ -130,7 +133,7 @@ fn raft_config(cluster: ClusterId, options: &Options) -> Result<openraft::Config
         // A leader that restarts must be elected anew. With openraft's default it resumes in the same term and
         // gives the log ids of entries it lost before its own flush to other commands: two members then hold
         // different commands under one log id, for ever.
-        enable_leader_restore: Some(false),
+        enable_leader_restore: Some(is_planted(Mutant::LeaderRestored)),
         // A node that was cut off must not depose a healthy leader when it comes back.
         enable_pre_vote: Some(true),
         // Followers get an entry before the leader's own card has it.
@@ -294,6 +297,11 @@ impl Node {
     /// Itself.
     pub(super) fn id(&self) -> NodeId {
         self.shared.id
+    }
+
+    /// Whether this node's card has room for deletes and compaction only.
+    pub fn is_short_of_room(&self) -> bool {
+        self.shared.store.is_short_of_room() || self.shared.wal.is_starved()
     }
 
     /// The log.
@@ -502,7 +510,11 @@ impl Checkpointer {
                 && let Err(error) = self.checkpoint().await
             {
                 // The store's own failure channel stops the node; the log stays and replays.
-                tracing::error!(%error, "checkpoint failed");
+                announce!(
+                    EventId::CheckpointFailed,
+                    { fields::REASON } = %error,
+                    "checkpoint failed: {error}"
+                );
             }
         }
     }
@@ -524,6 +536,10 @@ impl Checkpointer {
         let start = self.counters.now();
         let checkpoint = self.store.checkpoint()?;
         let Some(applied) = checkpoint.applied() else { return Ok(()) };
+        if is_planted(Mutant::PurgeBeyondCheckpoint) {
+            self.mark.raise(applied);
+            self.purge().await;
+        }
         checkpoint.durable().await?;
         self.counters.checkpointed(start);
         self.mark.raise(applied);

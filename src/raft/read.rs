@@ -50,8 +50,9 @@ use super::quorum::{Tally, Verdict};
 use super::transport::{CallError, Method, Refused, Transport};
 use super::types::{self, Raft};
 use super::{Member, Node, ReadBarrier, ReadError, wire};
+use crate::mutants::{Mutant, is_planted};
 use crate::proto::node;
-use crate::types::{LogIndex, NodeId, Vote};
+use crate::types::{LogIndex, NodeId, Term, Vote};
 
 /// Longest round. Whoever has not answered by then is asked anew.
 const ROUND: Duration = Duration::from_millis(500);
@@ -164,7 +165,7 @@ impl Reader {
         let mut tally = Tally::new(sets);
         // Its own answer is the look at its position, which is part of this round.
         tally.heard(self.id, true);
-        if tally.verdict() == Verdict::Won {
+        if tally.verdict() == Verdict::Won || is_planted(Mutant::ReadWithoutQuorum) {
             return Round::Confirmed(index);
         }
         let request = wire::encode_following(vote);
@@ -241,6 +242,9 @@ impl Node {
         let start = self.counters().now();
         let confirm = async {
             let index = self.read_index(false).await?;
+            if is_planted(Mutant::ReadBeforeApplied) {
+                return Ok(ReadBarrier(()));
+            }
             self.wait_applied(index).await.map_err(|_stopped| ReadError::Stopped)?;
             Ok(ReadBarrier(()))
         };
@@ -251,6 +255,27 @@ impl Node {
         };
         self.counters().confirmed(start, &result);
         result
+    }
+
+    /// Confirms with a majority that this node leads in exactly this term, and that everything acknowledged before this call is
+    /// in the local store. For what the leader of that term alone may promise, as how long a lease still has.
+    ///
+    /// The term is looked at after a majority has confirmed this node's leadership, which may have been in an earlier term;
+    /// then a majority has elected it for this one since the call began.
+    pub async fn leads_in(&self, term: Term, deadline: Instant) -> Result<ReadBarrier, ReadError> {
+        let confirm = async {
+            let index = self.read_index(true).await?;
+            self.wait_applied(index).await.map_err(|_stopped| ReadError::Stopped)?;
+            match self.leads(Some(term)).await {
+                Ok(true) => Ok(ReadBarrier(())),
+                Ok(false) => Err(ReadError::NoLeader),
+                Err(_stopped) => Err(ReadError::Stopped),
+            }
+        };
+        match tokio::time::timeout_at(deadline.into(), confirm).await {
+            Ok(result) => result,
+            Err(_elapsed) => Err(ReadError::TimedOut),
+        }
     }
 
     async fn read_index(&self, leading_only: bool) -> Result<LogIndex, ReadError> {
@@ -294,7 +319,6 @@ impl Node {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::Term;
 
     fn vote(term: u64, node: u64, committed: bool) -> Vote {
         Vote { term: Term::new(term), node: NodeId::new(node), committed }

@@ -26,6 +26,7 @@ use super::types::{
 use super::{AppliedBatch, Follow};
 use crate::apply::{self, Applied, Operations};
 use crate::command::Command;
+use crate::mutants::{Mutant, is_planted};
 use crate::mvcc::{ReadTxn, Store, StoreError, WriteTxn};
 use crate::proto::node as wire;
 use crate::types::LogId;
@@ -189,7 +190,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 
     async fn applied_state(&mut self) -> Result<(Option<RaftLogId>, StoredMembership), io::Error> {
         let view = self.store.read().map_err(io::Error::other)?;
-        Ok((view.applied().map(types::raft_log_id), stored_membership(&view)?))
+        let applied = view.applied().filter(|_| !is_planted(Mutant::AppliedTwice));
+        Ok((applied.map(types::raft_log_id), stored_membership(&view)?))
     }
 
     async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>
@@ -232,6 +234,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         // state does: they would stand behind a state that never had them.
         let _durable = self.wal.flush().await.map_err(io::Error::other)?;
         self.store.adopt(received).await.map_err(io::Error::other)?;
+        if is_planted(Mutant::SnapshotWithoutMembership) {
+            self.store.write(|txn| txn.set_membership(&[])).map_err(io::Error::other)?;
+        }
         if let Some(last) = &meta.last_log_id {
             self.checkpoint.raise(types::log_id(last));
             self.counters.applied.send_replace(types::log_id(last).index);

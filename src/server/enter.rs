@@ -24,7 +24,8 @@ use super::data_dir::{DataDir, Locked};
 use super::dial::Network;
 use super::dispatch::{Dispatch, Doorman};
 use super::doorway::OwnCredentials;
-use super::listen::{Listeners, PeerDoors, Security};
+use super::early;
+use super::listen::{Listeners, PeerDoors, PeersIncoming, Security};
 use super::run::{RunError, names, stopped};
 use super::supervise;
 use crate::announce;
@@ -32,9 +33,10 @@ use crate::config::{Config, ServerUrl, Start, TokenSource};
 use crate::critical::{CriticalFlags, FlagsError, gate};
 use crate::env::Env;
 use crate::events::EventId;
+use crate::join::hello::ask::CompareFlags;
 use crate::join::hello::{self, Answerer, Asked, Hello, HelloBook, Verdict, Witness};
 use crate::join::{
-    AuthorityHash, Door, Enrolment, House, Identity, Phase, Plan, Token, enrol, quarantine,
+    self, AuthorityHash, Door, Enrolment, House, Identity, Phase, Plan, Token, enrol, quarantine,
     start_plan, token,
 };
 use crate::metrics::Metrics;
@@ -42,7 +44,7 @@ use crate::mvcc::Store;
 use crate::peers::address::Location;
 use crate::peers::{self, Passport, Peers};
 use crate::pki::{Owner, Pki, Port, Role};
-use crate::proto::node::join_server::JoinServer;
+use crate::proto::node::StoredMembership;
 use crate::raft::transport::Transport;
 use crate::raft::{Member, inspect, reset};
 use crate::wal::Wal;
@@ -53,6 +55,7 @@ pub(super) struct Entered {
     pub(super) pki: Pki,
     pub(super) peers: Peers,
     pub(super) transport: Arc<dyn Transport>,
+    pub(super) book: Arc<HelloBook>,
     pub(super) dispatch: Arc<Dispatch>,
     pub(super) member: Member,
     pub(super) contacts: Vec<Member>,
@@ -99,6 +102,7 @@ pub(super) async fn enter(
     let path = locked.path.clone();
     let dir = locked.open(env, identity, config.wal_linger).await?;
     supervise::announce_opened(&dir);
+    compare_alone(&dir, &flags)?;
 
     let owner = Owner { cluster: identity.cluster, node: identity.node };
     let (pki, issued) = Pki::establish(env, &path.join("tls"), owner, &names(config)?).await?;
@@ -113,44 +117,25 @@ pub(super) async fn enter(
     };
     let member = member(config, identity, &clients.addresses()?, &ports.peers.addresses()?);
     if let Start::Reset { .. } = config.start {
-        return Err(reset(&dir, &member).await);
+        return Err(reset(env, &dir, &member).await);
     }
-    let passport = Passport::new(identity.cluster, identity.epoch, &*env.entropy);
-    let peers = Peers::new(pki.clone(), passport, &member, Arc::clone(&env.entropy));
-    if let Start::Join(server) = &config.start
-        && let Some(hint) = Location::new(server.host(), server.join_port())
-    {
-        peers.hint(vec![hint]);
-    }
-    let book = Arc::new(HelloBook::default());
-    let witness = Witness::new(Arc::new(peers.clone()), Arc::clone(&book));
-    let transport: Arc<dyn Transport> = Arc::new(witness);
-    let parts = hello::answer::Parts {
-        cluster: identity.cluster,
-        node: identity.node,
-        incarnation: peers.passport().incarnation,
-        store: dir.store.clone(),
-        wal: dir.wal.clone(),
-        book: Arc::clone(&book),
-        transport: Arc::clone(&transport),
-    };
-    let dispatch =
-        Arc::new(Dispatch::new(Arc::new(Answerer::new(parts).map_err(RunError::Hello)?)));
+    let contacts = join::contacts(env, &path)?;
+    let ties = Ties::new(config, env, &dir, &pki, &member)?;
     let doors = PeerDoors { nodes: pki.accept(Port::Peers)?, newcomers: pki.accept(Port::Join)? };
     let incoming = ports.peers.accept_peers(doors, metrics.connections.clone());
-    let serving = Serving { env, dir: &dir, pki: &pki, token: &token, peers: &peers, book: &book };
-    let serving = serving.start(&dispatch, incoming, stopping);
+    let serving = ties.serve(env, &dir, &pki, &token, incoming, stopping);
+    ties.greet(env, &dir, &member, &flags, contacts.clone()).await?;
 
-    let contacts = crate::join::contacts(env, &path)?;
-    greet(env, &dir, &peers, &transport, &book, &member, &flags, contacts.clone()).await?;
     let mut contacts = contacts.map(|stored| hello::members(&stored)).unwrap_or_default();
     contacts.retain(|contact| contact.id != member.id);
+    let Ties { peers, transport, book, dispatch } = ties;
     let observers = ports.observers;
     Ok(Entered {
         dir,
         pki,
         peers,
         transport,
+        book,
         dispatch,
         member,
         contacts,
@@ -161,6 +146,24 @@ pub(super) async fn enter(
     })
 }
 
+/// Compares critical flags with the record on this card, if nobody else can have a newer one: then this node does not begin to take
+/// part. Others say by their hello what the record is.
+fn compare_alone(dir: &DataDir, flags: &CriticalFlags) -> Result<(), RunError> {
+    let tail = inspect::tail(&dir.store.read()?, &dir.wal).map_err(RunError::Hello)?;
+    let sets = tail.membership.membership.unwrap_or_default().configs;
+    let own = dir.identity.node.get();
+    let alone = !sets.is_empty() && sets.iter().flat_map(|set| &set.ids).all(|id| *id == own);
+    let Some(record) = tail.flags.filter(|_| alone) else { return Ok(()) };
+    match gate::against(flags, &record) {
+        Err(error @ FlagsError::Differ(_)) => {
+            error.announce();
+            Err(RunError::Flags(error))
+        }
+        // What cannot be read is reported when it is used.
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
 /// Who this node is, this start counted.
 async fn identify(
     config: &Config,
@@ -169,7 +172,12 @@ async fn identify(
     flags: &CriticalFlags,
 ) -> Result<Identity, RunError> {
     let path = &locked.path;
-    if crate::join::undo_unfinished(env, path).await? {
+    if matches!(config.start, Start::Reset { .. }) {
+        join::reset::check(env, path)?;
+    } else {
+        join::reset::forget(env, path)?;
+    }
+    if join::undo_unfinished(env, path).await? {
         tracing::info!("undid a join that was interrupted");
     }
     let found = locked.identity(env)?;
@@ -177,9 +185,12 @@ async fn identify(
     if let Some(note) = plan.note() {
         tracing::info!("{note}");
     }
+    if matches!(plan, Plan::Continue { .. }) {
+        early::refuse_early(config, env, flags).await?;
+    }
     let identity = match (found, plan) {
         (Some(identity), _) => identity,
-        (None, Plan::Join(server)) => join(config, env, locked, flags, server).await?,
+        (None, Plan::Join(server)) => enrol_and_adopt(config, env, locked, flags, server).await?,
         (None, Plan::Found | Plan::Continue { .. } | Plan::Reset { .. }) => {
             check_founding_token(config, env).await?;
             let identity = Identity::random(env);
@@ -203,7 +214,7 @@ async fn check_founding_token(config: &Config, env: &Env) -> Result<(), RunError
     Ok(())
 }
 
-async fn join(
+async fn enrol_and_adopt(
     config: &Config,
     env: &Env,
     locked: &Locked,
@@ -224,7 +235,7 @@ async fn join(
     };
     let enrolled = enrolment.run().await?;
     let matched = gate::against(flags, &enrolled.flags).inspect_err(FlagsError::announce)?;
-    Ok(crate::join::adopt(env, &locked.path, &enrolled, matched).await?)
+    Ok(join::adopt(env, &locked.path, &enrolled, matched).await?)
 }
 
 /// The token that lets others in. What is kept counts; a configured one that differs is refused, as in K3s.
@@ -277,65 +288,130 @@ fn member(
     }
 }
 
-/// What port 2380 answers with.
-struct Serving<'a> {
-    env: &'a Env,
-    dir: &'a DataDir,
-    pki: &'a Pki,
-    token: &'a Token,
-    peers: &'a Peers,
-    book: &'a Arc<HelloBook>,
+/// What binds a node to the others: how it reaches them, what it remembers of them, what it answers them.
+struct Ties {
+    peers: Peers,
+    book: Arc<HelloBook>,
+    transport: Arc<dyn Transport>,
+    dispatch: Arc<Dispatch>,
 }
 
-impl Serving<'_> {
-    fn start(
+impl Ties {
+    fn new(
+        config: &Config,
+        env: &Env,
+        dir: &DataDir,
+        pki: &Pki,
+        member: &Member,
+    ) -> Result<Self, RunError> {
+        let Identity { cluster, node, epoch, .. } = dir.identity;
+        let passport = Passport::new(cluster, epoch, &*env.entropy);
+        let incarnation = passport.incarnation;
+        let peers = Peers::new(pki.clone(), passport, member, Arc::clone(&env.entropy));
+        if let Start::Join(server) = &config.start
+            && let Some(hint) = Location::new(server.host(), server.join_port())
+        {
+            peers.hint(vec![hint]);
+        }
+        let book = Arc::new(HelloBook::default());
+        let transport: Arc<dyn Transport> =
+            Arc::new(Witness::new(Arc::new(peers.clone()), Arc::clone(&book)));
+        let answerer = Answerer::new(hello::answer::Parts {
+            cluster,
+            node,
+            incarnation,
+            store: dir.store.clone(),
+            wal: dir.wal.clone(),
+            book: Arc::clone(&book),
+            transport: Arc::clone(&transport),
+        });
+        let dispatch = Arc::new(Dispatch::new(Arc::new(answerer.map_err(RunError::Hello)?)));
+        Ok(Self { peers, book, transport, dispatch })
+    }
+
+    /// Answers on port 2380: other nodes, and those who have only the token.
+    fn serve(
         &self,
-        dispatch: &Arc<Dispatch>,
-        incoming: super::listen::PeersIncoming,
+        env: &Env,
+        dir: &DataDir,
+        pki: &Pki,
+        token: &Token,
+        incoming: PeersIncoming,
         stopping: &watch::Receiver<bool>,
     ) -> JoinSet<Result<(), RunError>> {
         let mut serving = JoinSet::new();
-        let doorman = Doorman { store: self.dir.store.clone(), book: Arc::clone(self.book) };
-        let (peers, answer) = (self.peers.clone(), Arc::clone(dispatch));
+        let cluster = dir.identity.cluster;
+        let doorman = Doorman { store: dir.store.clone(), book: Arc::clone(&self.book) };
+        let (peers, answer) = (self.peers.clone(), Arc::clone(&self.dispatch));
         let stop = stopped(stopping.clone());
         serving.spawn(async move {
             Ok(peers::serve(&peers, answer, Arc::new(doorman), incoming.nodes, stop).await?)
         });
-        let identity = self.dir.identity;
         let house = House {
-            cluster: identity.cluster,
-            authority_pem: self.pki.authority_pem().to_owned().into(),
-            password: self.token.password.clone(),
+            cluster,
+            authority_pem: pki.authority_pem().to_owned().into(),
+            password: token.password.clone(),
         };
-        let grant = OwnCredentials {
-            cluster: identity.cluster,
-            pki: self.pki.clone(),
-            store: self.dir.store.clone(),
-        };
-        let door = Door::new(self.env, house, Arc::new(grant));
-        let routes = Routes::new(JoinServer::new(door));
+        let grant = OwnCredentials { cluster, pki: pki.clone(), store: dir.store.clone() };
+        let door = Door::new(env, house, Arc::new(grant));
+        let routes = Routes::new(Arc::new(door).service());
         let stop = stopped(stopping.clone());
         serving
             .spawn(async move { Ok(peers::serve_join(routes, incoming.newcomers, stop).await?) });
         serving
     }
+
+    /// Asks the others whether this still is the node they remember.
+    async fn greet(
+        &self,
+        env: &Env,
+        dir: &DataDir,
+        member: &Member,
+        flags: &Arc<CriticalFlags>,
+        contacts: Option<StoredMembership>,
+    ) -> Result<(), RunError> {
+        let (compare, differing) = comparison(flags);
+        let asked = Asked {
+            env,
+            transport: Arc::clone(&self.transport),
+            book: Arc::clone(&self.book),
+            identity: dir.identity,
+            incarnation: self.peers.passport().incarnation,
+            member,
+            store: &dir.store,
+            wal: &dir.wal,
+            contacts,
+            compare,
+        };
+        let verdict = Hello::new(asked).map_err(RunError::Hello)?.run().await;
+        if !matches!(verdict, Verdict::FlagsDiffer { .. }) {
+            // Differing flags are told one by one, below.
+            verdict.announce();
+        }
+        match verdict {
+            Verdict::Welcome | Verdict::Wait { .. } => Ok(()),
+            Verdict::Amnesia { .. } => Err(Rejoin::of(env, dir).begin().await),
+            // A joiner that was given up asks again, as somebody else.
+            Verdict::Retired { .. } if matches!(dir.identity.phase, Phase::Joining { .. }) => {
+                Err(Rejoin::of(env, dir).begin().await)
+            }
+            Verdict::Retired { reason, .. } => Err(RunError::Retired(reason)),
+            Verdict::Duplicate { found, .. } => Err(RunError::Duplicate(found)),
+            Verdict::Incompatible { found, .. } => Err(RunError::Incompatible(found)),
+            Verdict::FlagsDiffer { found, .. } => {
+                let kept = differing.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let Some(error) = kept else { return Err(RunError::Hello(found)) };
+                error.announce();
+                Err(RunError::Flags(error))
+            }
+        }
+    }
 }
 
-/// Asks the others whether this still is the node they remember.
-#[allow(clippy::too_many_arguments, reason = "everything a node is")]
-async fn greet(
-    env: &Env,
-    dir: &DataDir,
-    peers: &Peers,
-    transport: &Arc<dyn Transport>,
-    book: &Arc<HelloBook>,
-    member: &Member,
-    flags: &Arc<CriticalFlags>,
-    contacts: Option<crate::proto::node::StoredMembership>,
-) -> Result<(), RunError> {
-    // The comparison keeps what it found, for the table that the operator sees.
-    let found: Arc<Mutex<Option<FlagsError>>> = Arc::default();
-    let (keep, own) = (Arc::clone(&found), Arc::clone(flags));
+/// Compares this server's flags with a record, and keeps how they differ, for the table that the operator sees.
+fn comparison(flags: &Arc<CriticalFlags>) -> (CompareFlags, Arc<Mutex<Option<FlagsError>>>) {
+    let differing: Arc<Mutex<Option<FlagsError>>> = Arc::default();
+    let (keep, own) = (Arc::clone(&differing), Arc::clone(flags));
     let compare = move |record: &[u8]| match gate::against(&own, record) {
         Err(error @ FlagsError::Differ(_)) => {
             let text = error.to_string();
@@ -344,38 +420,7 @@ async fn greet(
         }
         Ok(_) | Err(_) => None,
     };
-    let asked = Asked {
-        env,
-        transport: Arc::clone(transport),
-        book: Arc::clone(book),
-        identity: dir.identity,
-        incarnation: peers.passport().incarnation,
-        member,
-        store: &dir.store,
-        wal: &dir.wal,
-        contacts,
-        compare: Arc::new(compare),
-    };
-    match Hello::new(asked).map_err(RunError::Hello)?.run().await {
-        Verdict::Welcome | Verdict::Wait { .. } => Ok(()),
-        Verdict::Amnesia { what, who } => {
-            announce!(EventId::Quarantined, "{what}, as node {who} remembers");
-            Err(Rejoin::of(env, dir).begin().await)
-        }
-        // A joiner that was given up asks again, as somebody else.
-        Verdict::Retired { .. } if matches!(dir.identity.phase, Phase::Joining { .. }) => {
-            Err(Rejoin::of(env, dir).begin().await)
-        }
-        Verdict::Retired { reason, .. } => Err(RunError::Retired(reason)),
-        Verdict::Duplicate { found, .. } => Err(RunError::Duplicate(found)),
-        Verdict::Incompatible { found, .. } => Err(RunError::Incompatible(found)),
-        Verdict::FlagsDiffer { found: text, .. } => {
-            let kept = found.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let Some(error) = kept else { return Err(RunError::Hello(text)) };
-            error.announce();
-            Err(RunError::Flags(error))
-        }
-    }
+    (Arc::new(compare), differing)
 }
 
 /// Gives a node a new id, under which it comes back.
@@ -410,12 +455,18 @@ impl Rejoin {
     }
 }
 
-/// `cluster-reset`. Ends the process either way, as in K3s.
-async fn reset(dir: &DataDir, member: &Member) -> RunError {
-    match reset::only_member(&dir.wal, &dir.store, member).await {
-        Ok(left) => RunError::HasReset(left.into_iter().map(|one| one.name).collect()),
-        Err(error) => RunError::Reset(error),
+/// `cluster-reset`. The process ends either way, as in K3s.
+async fn reset(env: &Env, dir: &DataDir, member: &Member) -> RunError {
+    match try_reset(env, dir, member).await {
+        Ok(guidance) => RunError::HasReset(guidance),
+        Err(error) => error,
     }
+}
+
+async fn try_reset(env: &Env, dir: &DataDir, member: &Member) -> Result<String, RunError> {
+    let left = reset::only_member(&dir.wal, &dir.store, member).await.map_err(RunError::Reset)?;
+    join::reset::done(env, &dir.path).await?;
+    Ok(join::reset::guidance(&left, &dir.path))
 }
 
 /// Where clients find their certificates, for people.

@@ -17,6 +17,7 @@ use super::health::NodeHealth;
 use super::leases::LeasesOfLeader;
 use super::listen::{Caps, ListenError, Listeners};
 use super::membership::NodeMembership;
+use super::scrub::{self, ScrubMetrics, Scrubber};
 use super::settle::Settling;
 use super::{backup, supervise};
 use crate::announce;
@@ -25,6 +26,7 @@ use crate::critical::FlagsError;
 use crate::env::{Env, host};
 use crate::etcd::{self, Api, Leases, ServeError, Settings};
 use crate::events::{EventId, fields};
+use crate::join::reset::ResetRefused;
 use crate::join::token::{EstablishError, FoundingToken, ObtainError};
 use crate::join::{AdoptError, IdentityError, JoinError, Phase, PlanError, flags};
 use crate::limits;
@@ -125,9 +127,12 @@ pub enum RunError {
     /// `cluster-reset` could not be done.
     #[error("cluster-reset: {0}")]
     Reset(#[source] ResetError),
-    /// `cluster-reset` is done. Ends the process, as in K3s.
-    #[error("this server is the only member of its cluster now")]
-    HasReset(Vec<String>),
+    /// `cluster-reset` is not begun.
+    #[error(transparent)]
+    ResetRefused(#[from] ResetRefused),
+    /// `cluster-reset` is done, and this is what to do now. No failure, but the process ends, as in K3s.
+    #[error("{0}")]
+    HasReset(String),
     /// This node has a new id, and begins anew with it.
     #[error("starting over as a new node")]
     StartOver,
@@ -168,7 +173,6 @@ impl RunError {
             Self::Incompatible(_) => {
                 Some("install a release on this server that the others' can work with; upgrade one server at a time".to_owned())
             }
-            Self::HasReset(left) => Some(reset_guidance(left)),
             Self::Start(_)
             | Self::Store(_)
             | Self::Names(_)
@@ -181,6 +185,8 @@ impl RunError {
             | Self::CompareFlags(_)
             | Self::Hello(_)
             | Self::Reset(_)
+            | Self::ResetRefused(_)
+            | Self::HasReset(_)
             | Self::StartOver
             | Self::Peers(_)
             | Self::Failed(_)
@@ -203,6 +209,7 @@ impl RunError {
             | Self::Duplicate(_)
             | Self::NameTaken(_)
             | Self::Reset(_)
+            | Self::ResetRefused(ResetRefused::Done { .. })
             | Self::Names(_)
             | Self::Logging(_)
             | Self::DataDir(DataDirError::NotADirectory { .. })
@@ -222,6 +229,7 @@ impl RunError {
             | Self::CompareFlags(_)
             | Self::Hello(_)
             | Self::Incompatible(_)
+            | Self::ResetRefused(_)
             | Self::HasReset(_)
             | Self::StartOver
             | Self::Peers(_)
@@ -229,19 +237,6 @@ impl RunError {
             | Self::Stop(_) => false,
         }
     }
-}
-
-/// What K3s says after a reset, and who it is about.
-fn reset_guidance(left: &[String]) -> String {
-    let others = if left.is_empty() {
-        String::new()
-    } else {
-        format!(
-            "; on each of the others ({}), move the data directory away and join again",
-            left.join(", ")
-        )
-    };
-    format!("restart without `cluster-reset`{others}")
 }
 
 /// Runs a server until it is told to stop or cannot go on.
@@ -288,10 +283,17 @@ async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
     loop {
         // A node that has to become another one begins anew, in the same process.
         let lived = live(config, &env, notifier, &shutdown).await;
-        if !matches!(lived, Err(RunError::StartOver)) {
-            signals.abort();
-            return lived;
+        if matches!(lived, Err(RunError::StartOver)) {
+            continue;
         }
+        signals.abort();
+        return match lived {
+            Err(RunError::HasReset(guidance)) => {
+                tracing::info!("{guidance}");
+                Ok(())
+            }
+            lived => lived,
+        };
     }
 }
 
@@ -350,6 +352,8 @@ async fn start(
     metrics.collect(peers.clone());
     let live = Live::start(config, env, &entered).await?;
     let settings = settings(config);
+    let scrubbing = Arc::new(scrub::Progress::default());
+    metrics.collect(ScrubMetrics(Arc::clone(&scrubbing)));
     let api = Api::new(live.parts(env, settings, &entered));
     dispatch.takes_part(Taking { node: live.node.clone(), api: api.clone() });
 
@@ -363,39 +367,32 @@ async fn start(
         path: dir.path.clone(),
         rejoin: enter::Rejoin::of(env, dir),
     };
-    let own_flags = (**flags).clone();
-    let space = dir.space.space();
-    let addresses = member.client_urls.join(", ");
-    let joins = matches!(dir.identity.phase, Phase::Joining { .. });
-    let peers = peers.clone();
-    let pki = pki.clone();
-    let Entered { dir, clients, observers, mut serving, .. } = entered;
+    let (own_flags, path) = ((**flags).clone(), dir.path.clone());
+    let (peers, pki) = (peers.clone(), pki.clone());
+    let Entered { dir, clients, observers, mut serving, member, book, transport, .. } = entered;
     live.serve(&mut serving, settings, api, metrics, clients, observers, &stopping);
     serving_latch.set();
+    serving.spawn(settling.run(notifier, settled, stopping.clone()));
 
     let Live { node, hub, leases } = live;
-    let says = notifier;
-    let filled = node.clone();
-    let stop = stopping.clone();
-    serving.spawn(async move {
-        settling.run().await?;
-        if joins {
-            super::settle::filled(&filled, |progress| says.status(progress)).await;
-        }
-        settled.set();
-        // A service that ends is taken for a failure.
-        stopped(stop).await;
-        Ok(())
-    });
+    serving.spawn(supervise::leave_when_removed(node.clone(), book, transport, stopping.clone()));
+    let addresses = member.client_urls.join(", ");
     let mut background = vec![
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
         tokio::spawn(supervise::report_status(node.clone(), notifier)),
         tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
-        tokio::spawn(supervise::keep_space_alarm(node.clone(), space)),
+        tokio::spawn(supervise::keep_space_alarm(node.clone(), dir.space.space())),
         tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
+        tokio::spawn(scrub::run(Scrubber {
+            env: env.clone(),
+            store: dir.store.clone(),
+            wal: dir.wal.clone(),
+            path: dir.path.clone(),
+            progress: scrubbing,
+        })),
         tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
         tokio::spawn(supervise::forget_removed(node.clone(), peers)),
-        tokio::spawn(flags::follow(node.clone(), own_flags)),
+        tokio::spawn(flags::follow(node.clone(), own_flags, path)),
     ];
     if let Some(watchdog) = Watchdog::from_environment() {
         let pulse = Pulse::new(Arc::clone(&env.clock));

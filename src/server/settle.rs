@@ -7,9 +7,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use super::admit::{self, Asked};
 use super::enter::Rejoin;
-use super::run::RunError;
+use super::run::{RunError, stopped};
 use crate::announce;
 use crate::apply::Reply;
 use crate::command::Command;
@@ -22,6 +24,7 @@ use crate::proto::node::cluster_reply::Result as Recorded;
 use crate::proto::node::{AdmitReply, Boot, ClusterChange};
 use crate::raft::transport::{Transport, WIRE_VERSIONS};
 use crate::raft::{Member, Node, Role};
+use crate::systemd::{Latch, Notifier};
 
 /// Between two attempts.
 const PAUSE_FIRST: Duration = Duration::from_millis(250);
@@ -66,13 +69,25 @@ impl From<RunError> for Stop {
 }
 
 impl Settling {
-    /// Returns when this node is a member that everybody knows to have started.
-    pub(super) async fn run(mut self) -> Result<(), RunError> {
+    /// Takes all steps, opens the latch, and then rests until the server stops: a service that ends is taken for a failure.
+    pub(super) async fn run(
+        mut self,
+        notifier: Notifier,
+        settled: Latch,
+        stopping: watch::Receiver<bool>,
+    ) -> Result<(), RunError> {
+        let joins = self.identity.phase != Phase::Member && self.identity.phase != Phase::Founding;
         match self.steps().await {
-            Ok(()) => Ok(()),
-            Err(Stop::Failed(error)) => Err(error),
-            Err(Stop::StartOver) => Err(self.rejoin.begin().await),
+            Ok(()) => {}
+            Err(Stop::Failed(error)) => return Err(error),
+            Err(Stop::StartOver) => return Err(self.rejoin.begin().await),
         }
+        if joins {
+            filled(&self.node, |progress| notifier.status(progress)).await;
+        }
+        settled.set();
+        stopped(stopping).await;
+        Ok(())
     }
 
     async fn steps(&mut self) -> Result<(), Stop> {
@@ -264,7 +279,7 @@ impl Settling {
 }
 
 /// Waits until a joiner has everything and its vote; says how far it is.
-pub(super) async fn filled(node: &Node, say: impl Fn(&str)) {
+async fn filled(node: &Node, say: impl Fn(&str)) {
     let mut status = node.watch_status();
     loop {
         {

@@ -1,17 +1,21 @@
 //! The small tasks around a running node: what it says to systemd and the journal, and what stops it.
 
 use std::collections::BTreeSet;
+use std::future::pending;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::data_dir::DataDir;
+use super::run::{RunError, stopped};
 use crate::announce;
 use crate::command::Command;
 use crate::etcd::Defragment;
 use crate::events::{EventId, fields};
+use crate::join::hello::HelloBook;
 use crate::limits;
 use crate::mvcc::Fault;
 use crate::mvcc::ballast::Space;
@@ -19,12 +23,16 @@ use crate::peers::Peers;
 use crate::pki::{Issued, Names, Pki};
 use crate::proto::etcdserverpb::alarm_request::AlarmAction;
 use crate::proto::etcdserverpb::{AlarmRequest, AlarmType};
+use crate::raft::transport::{Method, Transport};
 use crate::raft::{Node, Role, Status};
 use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason};
 use crate::types::NodeId;
 
 /// How often the log is looked at and the pulse is taken.
 const TICK: Duration = Duration::from_secs(1);
+
+/// How often a learner makes sure that it still is one.
+const LEARNER_ASKS: Duration = Duration::from_secs(5);
 
 /// A barrier that takes longer is worth a line.
 const SLOW_BARRIER: Duration = Duration::from_secs(3);
@@ -71,6 +79,44 @@ pub(super) async fn forget_removed(node: Node, peers: Peers) {
         known = now;
         if status.changed().await.is_err() {
             return;
+        }
+    }
+}
+
+/// Ends the server when this node was removed.
+pub(super) async fn leave_when_removed(
+    node: Node,
+    book: Arc<HelloBook>,
+    transport: Arc<dyn Transport>,
+    stopping: watch::Receiver<bool>,
+) -> Result<(), RunError> {
+    tokio::select! {
+        reason = removed(node, book, transport) => {
+            announce!(EventId::NodeRetired, "this node was removed from the cluster: {reason}");
+            Err(RunError::Retired(reason))
+        }
+        () = stopped(stopping) => Ok(()),
+    }
+}
+
+/// Completes when this node is told that it was removed, with the reason. Who removes it cannot tell it: from then on nothing is sent
+/// to it. It learns when it looks for a leader, and a learner, which never does, by asking.
+async fn removed(node: Node, book: Arc<HelloBook>, transport: Arc<dyn Transport>) -> String {
+    let mut told = book.removed();
+    loop {
+        if let Some(reason) = told.borrow_and_update().clone() {
+            return reason;
+        }
+        let status = node.status();
+        if status.role == Role::Learner {
+            for other in status.members.iter().filter(|other| other.id != status.node) {
+                // The refusal is what counts, and it is in the book.
+                drop(transport.call(other, Method::ReadIndex, Bytes::new(), TICK).await);
+            }
+        }
+        tokio::select! {
+            changed = told.changed() => if changed.is_err() { return pending().await },
+            () = node.env().clock.sleep(LEARNER_ASKS) => {}
         }
     }
 }

@@ -30,6 +30,7 @@ use super::handle::Shared;
 use super::segment::{self, Slot};
 use super::{Failed, Identity};
 use crate::env::{DiskFile, Env, Open};
+use crate::mutants::{Mutant, is_planted};
 
 /// Bytes filled between two pauses.
 const CHUNK_BYTES: usize = 256 << 10;
@@ -93,7 +94,9 @@ async fn finish(
     SlotHeader::Spare { identity, slot_bytes }.encode(&mut block);
     slot.file.write_at(&block, 0)?;
     slot.file.sync().await?;
-    env.disk.sync_dir(dir)?;
+    if !is_planted(Mutant::NameNotSynced) {
+        env.disk.sync_dir(dir)?;
+    }
     Slot::open(env.disk.as_ref(), dir, number, Open::Write)
 }
 

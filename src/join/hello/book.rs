@@ -5,6 +5,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use tokio::sync::watch;
+
 use super::verdict::later;
 use crate::raft::Member;
 use crate::types::{LogId, NodeId, Vote};
@@ -33,11 +35,15 @@ pub struct Known {
 
 /// See the module documentation.
 #[derive(Debug, Default)]
-pub struct HelloBook(Mutex<BTreeMap<NodeId, Known>>);
+pub struct HelloBook {
+    known: Mutex<BTreeMap<NodeId, Known>>,
+    /// Why this node itself was removed, once another one has said so.
+    removed: watch::Sender<Option<String>>,
+}
 
 impl HelloBook {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<NodeId, Known>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A node acknowledged an entry as durable.
@@ -67,6 +73,16 @@ impl HelloBook {
     /// What is known of a node.
     pub fn known(&self, node: NodeId) -> Known {
         self.lock().get(&node).cloned().unwrap_or_default()
+    }
+
+    /// Another node refuses this one, because it was removed.
+    pub fn note_removed(&self, reason: String) {
+        self.removed.send_replace(Some(reason));
+    }
+
+    /// Why this node was removed, when it is told so.
+    pub fn removed(&self) -> watch::Receiver<Option<String>> {
+        self.removed.subscribe()
     }
 
     /// Forgets a node that was removed for good.

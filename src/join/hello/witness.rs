@@ -4,6 +4,8 @@
 //!
 //! - Only promises that are durable before they are given count: a granted vote, and entries acknowledged as kept. A node that
 //!   refuses names a vote that may not be on its card yet.
+//! - To be told that it was removed counts for this node only when it asks for something that a node with a leader of its own does
+//!   not ask a third one for. A majority that goes on while another server is reset to a cluster of its own is none of that one's.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +20,7 @@ use crate::env::BoxFuture;
 use crate::proto::node::append_reply::Result as Appended;
 use crate::proto::node::{AppendReply, VoteReply};
 use crate::raft::Member;
-use crate::raft::transport::{BoxStream, CallError, Method, StreamMethod, Transport};
+use crate::raft::transport::{BoxStream, CallError, Method, Refused, StreamMethod, Transport};
 use crate::types::NodeId;
 
 /// A transport that also remembers. See the module documentation.
@@ -57,6 +59,24 @@ fn note(book: &HelloBook, node: NodeId, method: Method, reply: &Bytes) {
     }
 }
 
+/// Whether a refusal of this says something of the node that asked.
+const fn tells_of_us(method: Method) -> bool {
+    match method {
+        Method::Vote
+        | Method::PreVote
+        | Method::ReadIndex
+        | Method::Propose
+        | Method::ChangeMembers
+        | Method::Lease => true,
+        // Asked by leaders, of everybody; or answered in words.
+        Method::Append
+        | Method::Following
+        | Method::TransferLeader
+        | Method::Hello
+        | Method::Admit => false,
+    }
+}
+
 fn note_appended(book: &HelloBook, node: NodeId, reply: &Bytes) {
     if let Ok(AppendReply { result: Some(Appended::Appended(appended)) }) =
         AppendReply::decode(reply.clone())
@@ -77,9 +97,15 @@ impl Transport for Witness {
         let (call, node) = (self.transport.call(to, method, request, timeout), to.id);
         let book = Arc::clone(&self.book);
         Box::pin(async move {
-            let reply = call.await?;
-            note(&book, node, method, &reply);
-            Ok(reply)
+            let reply = call.await;
+            match &reply {
+                Ok(reply) => note(&book, node, method, reply),
+                Err(CallError::Refused(Refused::Removed(reason))) if tells_of_us(method) => {
+                    book.note_removed(reason.clone());
+                }
+                Err(_) => {}
+            }
+            reply
         })
     }
 

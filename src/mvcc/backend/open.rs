@@ -8,6 +8,7 @@
 //! | a table of this file | its last epoch's blocks are taken as found; all others are checked when read |
 //! | a header block that is neither the old nor the new one | put back from the table's copy |
 //! | a header without redb's magic that the table knows | its creation was cut off: begin again |
+//! | redb's magic without our tag, and a block that the table does not know | another file |
 //! | no table, a damaged one, or another file's | redb's integrity check on a scratch view, then a new table |
 //! | a length the table cannot explain | refused |
 
@@ -183,8 +184,19 @@ fn read_table(env: &Env, path: &Path) -> io::Result<Found> {
         return Ok(Found::Damaged);
     };
     let mut bytes = vec![0; len];
-    file.read_at(&mut bytes, 0)?;
-    Ok(Table::decode(&bytes).map_or(Found::Damaged, |table| Found::Table(Box::new(table))))
+    let read = file.read_at(&mut bytes, 0);
+    let mut table = read.ok().and_then(|()| Table::decode(&bytes).ok());
+    if table.is_none() {
+        // The page cache may be all that is wrong.
+        file.read_uncached_at(&mut bytes, 0)?;
+        table = Table::decode(&bytes).ok();
+    }
+    Ok(table.map_or(Found::Damaged, |table| Found::Table(Box::new(table))))
+}
+
+/// Reads, and once more from the card if that fails.
+fn read(file: &dyn DiskFile, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    file.read_at(bytes, offset).or_else(|_| file.read_uncached_at(bytes, offset))
 }
 
 fn recover(
@@ -199,7 +211,7 @@ fn recover(
         .ok_or(OpenError::NotBlocks(bytes))?;
     let mut header = vec![0; BLOCK_BYTES];
     if len != 0 {
-        file.read_at(&mut header, 0)?;
+        read(&**file, &mut header, 0)?;
     }
     let tag = Tag::read(&header);
     let is_redb = header.starts_with(&REDB_MAGIC);
@@ -214,7 +226,7 @@ fn recover(
                 return rebuild(env, file, len, &header, last, RebuildReason::Damaged);
             }
             // A redb file that this module has never written to.
-            if is_redb && tag.is_none() {
+            if is_redb && tag.is_none() && !has_torn_header(&**file, len, table)? {
                 return rebuild(env, file, len, &header, last, RebuildReason::Foreign);
             }
             load(&**file, len, &header, slot, table)
@@ -222,6 +234,25 @@ fn recover(
         Err(_) if len == 0 => Ok(begin(env.entropy.next_u64(), Vec::new(), last, 0)),
         Err(reason) => rebuild(env, file, len, &header, last, reason),
     }
+}
+
+/// Whether a header without our tag is what a power cut left of the table's last epoch, and not another file's: a sector
+/// need not be written whole, and redb's magic may arrive without the rest. A block that no epoch was writing decides.
+fn has_torn_header(file: &dyn DiskFile, len: u32, table: &Table) -> io::Result<bool> {
+    let header_changed = table
+        .last
+        .as_ref()
+        .is_some_and(|last| last.changes.first().is_some_and(|(at, _)| *at == 0));
+    let Some(estimate) = Estimate::new(table, len).ok().filter(|_| header_changed) else {
+        return Ok(false);
+    };
+    let doubtful = estimate.doubtful();
+    let is_witness =
+        |at: &u32| !doubtful.contains(at) && estimate.actual[*at as usize] != *ZERO_CRC;
+    let Some(witness) = (1..len).find(is_witness) else { return Ok(true) };
+    let mut block = vec![0; BLOCK_BYTES];
+    file.read_at(&mut block, offset_of(witness))?;
+    Ok(crc32c::crc32c(&block) == estimate.actual[witness as usize])
 }
 
 /// The table to use: of this file, with the newest record, and of two such the one with fewer doubts.
@@ -317,7 +348,7 @@ impl<'a> Estimate<'a> {
     fn adopt(&mut self, file: &dyn DiskFile) -> io::Result<()> {
         let mut block = vec![0; BLOCK_BYTES];
         for number in self.doubtful().into_iter().filter(|number| *number != 0) {
-            file.read_at(&mut block, offset_of(number))?;
+            read(file, &mut block, offset_of(number))?;
             let crc = crc32c::crc32c(&block);
             self.torn_blocks += u32::from(!self.is_whole(number, crc));
             self.actual[number as usize] = crc;
@@ -424,7 +455,7 @@ fn checksums(file: &dyn DiskFile, len: u32) -> io::Result<Vec<u32>> {
     while next < len {
         let count = (len - next).min(32);
         let bytes = &mut blocks[..count as usize * BLOCK_BYTES];
-        file.read_at(bytes, offset_of(next))?;
+        read(file, bytes, offset_of(next))?;
         crcs.extend(bytes.chunks_exact(BLOCK_BYTES).map(crc32c::crc32c));
         next += count;
     }

@@ -183,3 +183,21 @@ async fn second_lock_is_refused_until_the_first_is_dropped() {
     drop(lock);
     assert!(Disk::lock(&disk, &path("lock")).is_ok());
 }
+
+#[tokio::test]
+async fn write_inside_a_length_that_was_lost_is_lost_with_it() {
+    let lost_growth = |piece: &Unsynced<'_>| if piece.len == 0 { Fate::LOST } else { Fate::KEPT };
+    let disk = disk();
+    let file = synced(&disk, "a", b"").await;
+    file.set_len(1024).unwrap();
+    file.write_at(b"inside", 0).unwrap();
+    file.write_at(b"behind", 1024).unwrap();
+
+    let kept = disk.fork();
+    kept.power_cut(|_| Fate::KEPT);
+    assert_eq!(kept.content(&path("a")).unwrap().len(), 1030);
+    disk.power_cut(lost_growth);
+    let found = disk.content(&path("a")).unwrap();
+    assert!(found.starts_with(&[0; 6]), "data of a block that the file did not have");
+    assert!(found.ends_with(b"behind"));
+}

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,6 +12,9 @@ use crate::testkit::Random;
 
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
+
+/// What [`World::broken`] counts in.
+const BLOCK: u64 = 4096;
 
 pub(super) type InodeId = u64;
 
@@ -32,6 +36,8 @@ pub(super) struct Inode {
 pub(super) struct Pending {
     id: u64,
     change: Change,
+    /// It made the file longer, so whatever of it arrives brings the length along.
+    grows: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -61,6 +67,8 @@ pub(super) struct World {
     pub(super) sync_delay: Option<SyncDelay>,
     /// 0 is no limit.
     pub(super) capacity: u64,
+    /// Blocks that cannot be read.
+    pub(super) broken: Vec<(PathBuf, Range<u64>)>,
     fault: Option<(Fault, u64)>,
     failed: bool,
     operations: BTreeMap<Operation, u64>,
@@ -87,6 +95,21 @@ impl Inode {
         self.pending.retain(|pending| upto < pending.id);
     }
 
+    /// What a read past the page cache finds: the kernel writes back first what it has not given up on.
+    pub(super) fn uncached(&self) -> Arc<Vec<u8>> {
+        let mut content = Arc::clone(&self.durable);
+        for pending in &self.pending {
+            Self::apply(&mut content, &pending.change);
+        }
+        content
+    }
+
+    /// Changes bytes in the page cache behind everybody's back.
+    pub(super) fn change_cached(&mut self, offset: u64, change: impl Fn(&mut [u8])) {
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        change(&mut Arc::make_mut(&mut self.current)[offset..]);
+    }
+
     /// Changes bytes behind everybody's back.
     pub(super) fn change(&mut self, offset: u64, change: impl Fn(&mut [u8])) {
         let offset = usize::try_from(offset).unwrap_or(usize::MAX);
@@ -111,8 +134,12 @@ impl Inode {
                         Self::apply(&mut self.durable, &pending.change);
                     }
                 }
-                Change::Write { offset, bytes } => {
+                Change::Write { offset, mut bytes } => {
                     let mut start = 0;
+                    if !pending.grows {
+                        // Written inside a length that did not get there: the blocks belong to no file.
+                        bytes.truncate(self.durable.len().saturating_sub(offset));
+                    }
                     while start < bytes.len() {
                         let at = offset + start;
                         let len = (SECTOR - at % SECTOR).min(bytes.len() - start);
@@ -206,6 +233,7 @@ impl World {
             inodes: self.inodes.clone(),
             next_id: self.next_id,
             capacity: self.capacity,
+            broken: self.broken.clone(),
             ..Self::default()
         }
     }
@@ -378,6 +406,14 @@ impl World {
             .sum()
     }
 
+    /// Whether a block in this range of a file cannot be read.
+    pub(super) fn is_broken(&self, path: &Path, offset: u64, len: usize) -> bool {
+        let blocks = offset / BLOCK..(offset + len as u64).div_ceil(BLOCK);
+        self.broken.iter().any(|(broken, range)| {
+            broken == path && range.start < blocks.end && blocks.start < range.end
+        })
+    }
+
     pub(super) fn write(
         &mut self,
         id: InodeId,
@@ -385,6 +421,16 @@ impl World {
         bytes: &[u8],
         offset: u64,
     ) -> io::Result<()> {
+        // A card gives a sector that is written anew another place.
+        let written = offset / BLOCK..(offset + bytes.len() as u64).div_ceil(BLOCK);
+        for (path, range) in
+            self.broken.extract_if(.., |(broken, _)| broken == path).collect::<Vec<_>>()
+        {
+            let before = range.start..range.end.min(written.start);
+            let after = range.start.max(written.end)..range.end;
+            let left = [before, after].into_iter().filter(|range| !range.is_empty());
+            self.broken.extend(left.map(|range| (path.clone(), range)));
+        }
         let offset = usize::try_from(offset).map_err(io::Error::other)?;
         let change = Change::Write { offset, bytes: bytes.to_vec() };
         let grew = self.change_content(id, offset + bytes.len(), change)?;
@@ -411,11 +457,11 @@ impl World {
     fn change_content(&mut self, id: InodeId, end: usize, change: Change) -> io::Result<bool> {
         let free = self.free_bytes();
         self.next_id += 1;
-        let pending = Pending { id: self.next_id, change };
         let Some(inode) = self.inodes.get_mut(&id) else {
             return Err(Self::error(Failure::Eio));
         };
         let growth = end.saturating_sub(inode.current.len());
+        let pending = Pending { id: self.next_id, change, grows: 0 < growth };
         if free < growth as u64 {
             return Err(Self::error(Failure::Enospc));
         }

@@ -1,4 +1,4 @@
-//! Calls port 2379: finds a server that answers, with or without TLS.
+//! Calls port 2379 as any etcd client does: finds a server that answers, with or without TLS.
 
 use std::future::Future;
 use std::io;
