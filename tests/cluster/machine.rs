@@ -296,7 +296,8 @@ impl Machine {
     /// Whether it says that it leads.
     pub fn leads(&self) -> bool {
         if self.place.is_none() {
-            let metrics = http_get(&format!("{}:2381", self.address), "/metrics").unwrap_or_default();
+            let metrics =
+                http_get(&format!("{}:2381", self.address), "/metrics").unwrap_or_default();
             return metrics.lines().any(|line| line.starts_with("etcd_server_is_leader 1"));
         }
         let (status, said) = self.etcdctl(&["endpoint", "status", "-w", "json"]);
