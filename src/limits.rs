@@ -99,6 +99,15 @@ pub const SPACE_LOW_BYTES: u64 = 32 * MIB;
 /// With this much free space, beside the ballast, they may again.
 pub const SPACE_ENOUGH_BYTES: u64 = 96 * MIB;
 
+/// How often the card is read and checked as a whole.
+pub const SCRUB_INTERVAL: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// For so long after a start the card is left to those who wait for it.
+pub const SCRUB_SETTLE: Duration = Duration::from_secs(600);
+
+/// How fast the card is read to check it. A card reads twenty times as fast.
+pub const SCRUB_BYTES_PER_SECOND: u64 = MIB;
+
 /// Writes to the state machine's file that may be held in memory while the card is slow, or full.
 pub const STATE_HELD_BYTES_MAX: usize = 16 << 20;
 

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use k3s_server::admin::check::{NotAsked, Sources, Verdict, ask_cluster};
 use k3s_server::admin::{self, Action, AdminError};
-use k3s_server::cli::{self, Failure, Format, Programs, WalArguments};
+use k3s_server::cli::{self, Failure, Format, Programs, RepairArguments, WalArguments};
 use k3s_server::client::Connection;
 use k3s_server::config::{Config, Loaded};
 use k3s_server::env::host;
-use k3s_server::join::Identity;
+use k3s_server::join::{Identity, flags};
 use k3s_server::server;
 
 /// What the command line hands over to the rest of the program.
@@ -29,7 +29,10 @@ impl Programs for Assembly {
             Ok(_) => server::recorded_flags(&config.db_dir).map_err(NotAsked::for_now),
         };
         let cluster = || ask_cluster(config, Arc::new(server::Network));
-        let sources = Sources { on_disk, disk: &disk, cluster: &cluster, named: server_named };
+        let seen = flags::seen(&host::env(), &config.db_dir).ok().flatten().unwrap_or_default();
+        let others = seen.client_urls;
+        let sources =
+            Sources { on_disk, others, disk: &disk, cluster: &cluster, named: server_named };
         admin::check::check(config, &sources)
     }
 
@@ -63,6 +66,16 @@ impl Programs for Assembly {
 
     fn wal_dump(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure> {
         server::dump(&arguments.directory, arguments.format == Format::Json, out).map_err(failed)
+    }
+
+    fn wal_repair(&self, arguments: &RepairArguments, out: &mut dyn Write) -> Result<(), Failure> {
+        server::repair(&arguments.directory, arguments.accept_data_loss, out).map_err(|error| {
+            let failure = failed(&error);
+            match error.remedy() {
+                Some(remedy) => failure.fix(remedy),
+                None => failure,
+            }
+        })
     }
 }
 

@@ -11,7 +11,7 @@ use clap_complete::Shell;
 use crate::config::keys::{KEYS, find};
 use crate::config::{Given, Key, Kind, Repeat};
 
-use super::{Command, Exit, Failure, Format, Show, Target, WalArguments};
+use super::{Command, Exit, Failure, Format, RepairArguments, Show, Target, WalArguments};
 use crate::admin::{self, Action};
 use crate::critical::Flag;
 
@@ -44,6 +44,10 @@ pub fn parse(arguments: &[OsString], width: Option<usize>) -> Result<Command, Fa
         Some(("wal", matches)) => match matches.subcommand() {
             Some(("verify", matches)) => Command::WalVerify(wal(matches)),
             Some(("dump", matches)) => Command::WalDump(wal(matches)),
+            Some(("repair", matches)) => Command::WalRepair(RepairArguments {
+                directory: directory(matches),
+                accept_data_loss: matches.get_flag(ACCEPT_DATA_LOSS),
+            }),
             _ => unreachable!("clap asks for a subcommand of wal"),
         },
         Some(("flags", matches)) => flags_command(matches),
@@ -194,7 +198,7 @@ pub fn parser(width: Option<usize>) -> clap::Command {
 
 fn wal_parser() -> clap::Command {
     clap::Command::new("wal")
-        .about("Inspect a log, of a running or a stopped node")
+        .about("Inspect a log, of a running or a stopped node, or repair a damaged one")
         .subcommand_required(true)
         .disable_help_subcommand(true)
         .subcommand(
@@ -204,6 +208,7 @@ fn wal_parser() -> clap::Command {
         .subcommand(
             on_directory(clap::Command::new("dump")).about("Print every committed write in order"),
         )
+        .subcommand(repair())
 }
 
 fn flags_parser() -> clap::Command {
@@ -359,13 +364,35 @@ fn formats(names: &[&'static str]) -> Arg {
 }
 
 fn on_directory(command: clap::Command) -> clap::Command {
-    command.arg(output()).arg(
-        Arg::new("directory")
-            .required(true)
-            .value_name("DIR")
-            .value_parser(clap::value_parser!(PathBuf))
-            .help("Directory of the node (db-dir)"),
-    )
+    command.arg(output()).arg(directory_argument())
+}
+
+fn directory_argument() -> Arg {
+    Arg::new("directory")
+        .required(true)
+        .value_name("DIR")
+        .value_parser(clap::value_parser!(PathBuf))
+        .help("Directory of the node (db-dir)")
+}
+
+const ACCEPT_DATA_LOSS: &str = "accept-data-loss";
+
+fn repair() -> clap::Command {
+    clap::Command::new("repair")
+        .about("Begin the damaged log of a stopped node anew")
+        .long_about(
+            "Begin the damaged log of a stopped node anew. For the only server of a cluster: a node with others is \
+             removed from the cluster and joins it again. What nothing is lost by, a start does by itself; this is for a \
+             log whose damage hides acknowledged writes. Prints what is kept and what is lost, moves the damaged log to \
+             wal.damaged-N beside it, and goes on with the state and what can be read of the log after it.",
+        )
+        .arg(directory_argument())
+        .arg(
+            Arg::new(ACCEPT_DATA_LOSS)
+                .long(ACCEPT_DATA_LOSS)
+                .action(ArgAction::SetTrue)
+                .help("Give up acknowledged writes that cannot be read; without it they are only listed"),
+        )
 }
 
 fn format(matches: &ArgMatches) -> Format {
@@ -376,10 +403,11 @@ fn format(matches: &ArgMatches) -> Format {
 }
 
 fn wal(matches: &ArgMatches) -> WalArguments {
-    WalArguments {
-        directory: matches.get_one::<PathBuf>("directory").cloned().unwrap_or_default(),
-        format: format(matches),
-    }
+    WalArguments { directory: directory(matches), format: format(matches) }
+}
+
+fn directory(matches: &ArgMatches) -> PathBuf {
+    matches.get_one::<PathBuf>("directory").cloned().unwrap_or_default()
 }
 
 fn given(matches: &ArgMatches) -> Vec<Given> {

@@ -51,6 +51,8 @@ pub enum Command {
     WalVerify(WalArguments),
     /// Print what a log holds.
     WalDump(WalArguments),
+    /// Begin a damaged log anew.
+    WalRepair(RepairArguments),
     /// Print the version.
     Version,
     /// Print a completion script.
@@ -79,6 +81,15 @@ pub struct Target {
     pub certificate: Option<PathBuf>,
     /// `--key`
     pub key: Option<PathBuf>,
+}
+
+/// Arguments of `wal repair`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RepairArguments {
+    /// The directory of a stopped node (`db-dir`).
+    pub directory: PathBuf,
+    /// Whether acknowledged writes may be given up.
+    pub accept_data_loss: bool,
 }
 
 /// Form of an output.
@@ -122,6 +133,9 @@ pub trait Programs {
 
     /// Prints every committed write of a node's log.
     fn wal_dump(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure>;
+
+    /// Begins the damaged log of a stopped node anew.
+    fn wal_repair(&self, arguments: &RepairArguments, out: &mut dyn Write) -> Result<(), Failure>;
 }
 
 /// Why a command did not do what it should.
@@ -242,6 +256,7 @@ fn carry_out(
         }
         Command::WalVerify(arguments) => programs.wal_verify(&arguments, out),
         Command::WalDump(arguments) => programs.wal_dump(&arguments, out),
+        Command::WalRepair(arguments) => programs.wal_repair(&arguments, out),
         Command::Version => Ok(writeln!(out, "k3s-server version {}", env!("CARGO_PKG_VERSION"))?),
         Command::Completion(shell) => Ok(out.write_all(&arguments::completion(shell))?),
         Command::Help(text) => Ok(out.write_all(text.as_bytes())?),

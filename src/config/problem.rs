@@ -6,6 +6,7 @@
 use std::fmt;
 
 use super::origin::Origin;
+use super::secret::REDACTED;
 
 /// What a problem means for the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -91,8 +92,29 @@ impl Problem {
 /// Longest stretch of user text repeated in a message.
 const FOUND_CHARS_MAX: usize = 200;
 
-/// One line, bounded, nothing a terminal would act on.
+/// The text, with what stands before `@` in a URL as dots: a password, or part of one.
+fn without_passwords(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once("://") {
+        shown.push_str(before);
+        shown.push_str("://");
+        // Of several `@` the last one counts; a password may hold the others.
+        let end = after.find(['/', ' ', '"', '\'']).unwrap_or(after.len());
+        rest = match after[..end].rfind('@') {
+            Some(at) => {
+                shown.push_str(REDACTED);
+                &after[at..]
+            }
+            None => after,
+        };
+    }
+    shown + rest
+}
+
+/// One line, bounded, nothing a terminal would act on, and no password of a URL.
 fn printable(text: &str) -> String {
+    let text = without_passwords(text);
     let mut shown: String = text
         .chars()
         .take(FOUND_CHARS_MAX)
@@ -195,6 +217,21 @@ impl fmt::Display for Problems {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn passwords_in_urls_are_not_repeated() {
+        for (text, shown) in [
+            ("https://user:secret@host:6443", "https://********@host:6443"),
+            ("https://s@cret@host", "https://********@host"),
+            ("a https://x@y, http://secret@z/@", "a https://********@y, http://********@z/@"),
+            ("https://host/path@2", "https://host/path@2"),
+            ("user@host", "user@host"),
+            ("://", "://"),
+        ] {
+            let problem = Problem::error(Origin::Default, "x").found(text).fix(text);
+            assert_eq!(problem.to_string(), format!("x: found {shown}\n  fix: {shown}"));
+        }
+    }
 
     #[test]
     fn text_names_place_found_expected_and_fix() {

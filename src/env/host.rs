@@ -6,12 +6,13 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag, PosixFadviseAdvice, posix_fadvise};
 use nix::sys::statvfs::statvfs;
 
 use super::{BoxFuture, Clock, Disk, DiskFile, Entropy, Env, Open};
@@ -26,7 +27,14 @@ pub fn env() -> Env {
 pub struct HostDisk;
 
 #[derive(Debug)]
-struct HostFile(File);
+struct HostFile {
+    file: File,
+    /// The same file, for reading past the page cache. Opened when first needed; `None` where that is not to be had.
+    direct: OnceLock<Option<File>>,
+}
+
+/// What direct reads are aligned to, in the file and in memory: no block device has larger sectors.
+const DIRECT_ALIGNMENT: usize = 4096;
 
 impl Disk for HostDisk {
     fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn DiskFile>> {
@@ -41,7 +49,7 @@ impl Disk for HostDisk {
                 options.write(true).create_new(true);
             }
         }
-        Ok(Arc::new(HostFile(options.open(path)?)))
+        Ok(Arc::new(HostFile { file: options.open(path)?, direct: OnceLock::new() }))
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
@@ -91,25 +99,66 @@ impl Disk for HostDisk {
     }
 }
 
+impl HostFile {
+    /// Opened by its descriptor, because another file may have its name by now.
+    fn direct(&self) -> Option<&File> {
+        let open = || {
+            let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            OpenOptions::new().read(true).custom_flags(OFlag::O_DIRECT.bits()).open(path).ok()
+        };
+        self.direct.get_or_init(open).as_ref()
+    }
+
+    /// `None` if that is not possible here: not every file system knows direct reads, and not every range fits them.
+    fn read_direct_at(&self, buffer: &mut [u8], offset: u64) -> Option<io::Result<()>> {
+        let is_aligned = offset.is_multiple_of(DIRECT_ALIGNMENT as u64)
+            && buffer.len().is_multiple_of(DIRECT_ALIGNMENT);
+        let direct = self.direct().filter(|_| is_aligned)?;
+        let mut memory = vec![0; buffer.len() + DIRECT_ALIGNMENT];
+        let start = memory.as_ptr().align_offset(DIRECT_ALIGNMENT);
+        let aligned = memory.get_mut(start..start + buffer.len())?;
+        match direct.read_exact_at(aligned, offset) {
+            Ok(()) => {
+                buffer.copy_from_slice(aligned);
+                Some(Ok(()))
+            }
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => None,
+            Err(error) => Some(Err(error)),
+        }
+    }
+}
+
 impl DiskFile for HostFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_exact_at(buffer, offset)
+        self.file.read_exact_at(buffer, offset)
+    }
+
+    fn read_uncached_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        // So that whoever reads it next does not find what was wrong; clean pages only, hence harmless.
+        if let (Ok(start), Ok(len)) = (offset.try_into(), buffer.len().try_into()) {
+            // Only advice. Where it is not taken, the direct read below makes up for it.
+            posix_fadvise(&self.file, start, len, PosixFadviseAdvice::POSIX_FADV_DONTNEED).ok();
+        }
+        match self.read_direct_at(buffer, offset) {
+            Some(read) => read,
+            None => self.file.read_exact_at(buffer, offset),
+        }
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.0.write_all_at(bytes, offset)
+        self.file.write_all_at(bytes, offset)
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.0.metadata()?.len())
+        Ok(self.file.metadata()?.len())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
+        self.file.set_len(len)
     }
 
     fn sync(&self) -> BoxFuture<'_, io::Result<()>> {
-        Box::pin(std::future::ready(self.0.sync_data()))
+        Box::pin(std::future::ready(self.file.sync_data()))
     }
 }
 
@@ -142,5 +191,26 @@ impl Entropy for HostEntropy {
         if let Err(error) = getrandom::fill(buffer) {
             panic!("the kernel gives no random numbers: {error}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_read_past_the_cache_is_what_was_written_aligned_or_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = HostDisk.open(&dir.path().join("file"), Open::Create).unwrap();
+        let content: Vec<u8> = (0..5 * 4096_u32).map(|at| at.to_le_bytes()[1]).collect();
+        // Not even synced: a write that returned is seen by everybody.
+        file.write_at(&content, 0).unwrap();
+        for (offset, len) in [(0, 4096), (4096, 8192), (16384, 4096), (1, 4096), (512, 100)] {
+            let mut read = vec![0; len];
+            file.read_uncached_at(&mut read, offset as u64).unwrap();
+            assert_eq!(read, content[offset..offset + len], "{len} bytes at {offset}");
+        }
+        let behind = file.read_uncached_at(&mut [0; 4096], 5 * 4096).unwrap_err();
+        assert_eq!(behind.kind(), io::ErrorKind::UnexpectedEof);
     }
 }

@@ -81,6 +81,11 @@ pub trait Disk: Send + Sync + 'static {
 pub trait DiskFile: Send + Sync + fmt::Debug + 'static {
     /// Fills `buffer` from `offset`; a short file is `UnexpectedEof`.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+    /// The same from the card itself, past the page cache as far as the system allows: for what was read wrong, because
+    /// the cache may be what is wrong; and for a scrub, which is about the card. Whole 4 KiB blocks are read best.
+    fn read_uncached_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read_at(buffer, offset)
+    }
     /// Writes all of `bytes` at `offset`. In the page cache when it returns, not durable.
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
     /// The file's length.

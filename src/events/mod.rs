@@ -102,6 +102,9 @@ events! {
         "read the reason above; systemd starts the service again, and `systemctl status k3s-server` shows whether that helped";
     /// The state was made durable.
     Checkpoint = 0x289c044e93614c50b5bf530cccba3e8f, DEBUG;
+    /// A checkpoint failed. The log keeps what it should have made durable.
+    CheckpointFailed = 0xe5fd18d0636440b4f3d87bb6628d5163, WARN,
+        "the message names the cause; while the card is full, free space on it; otherwise check `journalctl -k -g mmc`";
     /// A write barrier took very long.
     SlowBarrier = 0x63c35a417ee447298c9754bf48625f91, WARN,
         "a pause now and then is normal for an SD card; if this repeats, look for `mmc` errors in `journalctl -k`, and consider a card of application class A2 or an SSD";
@@ -110,9 +113,17 @@ events! {
         "check `journalctl -k -g mmc`; if the card reports errors, replace it, remove this node from the cluster and join it again";
     /// The log ended in a half-written batch, as after a power cut. Nothing acknowledged was in it.
     TornTailCut = 0x62b09b167db1447f9e71a3dd02e8d73c, INFO;
+    /// The log was damaged, but the state had all of it that could be missing. The log began anew.
+    LogStartedOver = 0x799d718727c1694e5918a8394c8d7cd3, WARN,
+        "nothing has to be done now; a card that lost a bit will lose more: make a backup, and replace it";
     /// The log is damaged before its end: acknowledged writes may be missing on this card.
     LogCorrupt = 0x3bfd1ef16889441a92006a1a01599b4a, ERROR,
-        "do not delete anything; with other servers running, remove this node from the cluster and join it again; alone, restore the last backup";
+        "do not delete anything; with other servers running, remove this node from the cluster and join it again; alone, restore the last backup, or see `k3s-server wal repair --help`";
+    /// The whole state and the closed log were read from the card and checked.
+    ScrubCompleted = 0x5237731a2c5dde3042f5c2bb202447f2, INFO;
+    /// A read was wrong, and right at the second attempt, past the page cache.
+    ReadHealed = 0x835f07c6906313f3d7d2b811e68f0bcf, WARN,
+        "nothing was lost; if it repeats, check the power supply (`vcgencmd get_throttled`), the memory and `journalctl -k -g mmc`";
     /// The state file is damaged.
     StateDamaged = 0x6607024824534aacb39c6a8b8b2ecc2d, ERROR,
         "with other servers running, remove this node from the cluster and join it again; alone, restore the last backup; replace the card if it happens again";

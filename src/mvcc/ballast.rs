@@ -7,13 +7,14 @@
 //!
 //! - [`Ballast`]: the file. Really allocated, block by block, with bytes that no file system can compress.
 //! - [`Rule`] (pure): from what is seen, whether to give it back or take it again, and whether clients may put.
-//! - [`SpaceGuard`]: looks every few seconds, and at once when the store starves. Its owner raises and clears
-//!   the NOSPACE alarm as [`Space`] says.
+//! - [`SpaceGuard`]: looks every second, and at once when the store starves. It tells the store
+//!   ([`Store::is_short_of_room`]), by which this node refuses puts at once; its owner raises and clears the cluster's
+//!   NOSPACE alarm as [`Space`] says, which takes its way through the log.
 //!
 //! # What happens on a full card
 //!
-//! 1. Free space falls below [`limits::SPACE_LOW_BYTES`]: the alarm stops puts while everything still works, and the
-//!    ballast is given back, so that deletes, compaction and a checkpoint have room.
+//! 1. Free space falls below [`limits::SPACE_LOW_BYTES`]: this node refuses puts, and the alarm does everywhere, while
+//!    everything still works; the ballast is given back, so that deletes, compaction and a checkpoint have room.
 //! 2. Something else takes the last block at once: the store *starves* ([`Store::starved`]). It holds its writes
 //!    in memory and goes on; the ballast is given back and the drain tries again. Nothing is reopened, because
 //!    nothing was lost: the same bytes go to the same places.
@@ -39,8 +40,9 @@ use crate::limits;
 
 use super::{Store, backend};
 
-/// How often free space is looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// How often free space is looked at. A system call without I/O; and what clients can put meanwhile has to fit the room
+/// that is left when puts end.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Largest single write.
 const CHUNK_BYTES: u64 = 128 << 10;
@@ -282,6 +284,8 @@ impl SpaceGuard {
 
     async fn act(&mut self, store: &Store, starved: bool) -> io::Result<()> {
         let step = self.rule.step(self.look(starved)?);
+        // Before giving back anything, which may take as long as the card likes.
+        self.tell(store);
         match step {
             Step::Rest => {}
             Step::Release => {
@@ -297,9 +301,14 @@ impl SpaceGuard {
                 }
             },
         }
-        let space = self.rule.space();
-        self.space.send_if_modified(|now| std::mem::replace(now, space) != space);
+        self.tell(store);
         Ok(())
+    }
+
+    fn tell(&self, store: &Store) {
+        let space = self.rule.space();
+        store.set_room_low(space == Space::Low);
+        self.space.send_if_modified(|now| std::mem::replace(now, space) != space);
     }
 
     fn look(&self, starved: bool) -> io::Result<Seen> {

@@ -2,6 +2,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -13,6 +14,8 @@ use super::memory_disk::MemoryDisk;
 use super::tests::wait;
 use super::*;
 use crate::env::{Disk, Env, host};
+use crate::testkit::FaultDisk;
+use crate::testkit::disk::{Failure::Eio, Fault as DiskFault, Operation};
 
 const MIB: u64 = 1 << 20;
 
@@ -87,6 +90,41 @@ fn bit_flipped_on_a_resting_card_is_reported_once_with_its_place() {
     assert!(places.iter().any(|at| at / 4096 == damage.block as usize), "{damage} of {places:?}");
     assert_eq!(failure.to_string(), error.to_string());
     assert!(store.write(|txn| txn.set_membership(b"x")).unwrap_err().is_damage());
+}
+
+/// The card holds what was written; only the page cache does not.
+#[tokio::test]
+async fn bad_page_in_the_cache_is_read_again_from_the_card() {
+    let disk = FaultDisk::with_dir(Path::new("/db"));
+    let env = Env { disk: Arc::new(disk.clone()), ..host::env() };
+    let path = Path::new("/db/state.redb");
+    let open = || Store::open(&env, path, &options(DrainOn::Task)).unwrap();
+    let store = open();
+    (0..200).for_each(|n| put(&store, &format!("key{n}"), &[n; 3_000]));
+    let before = read_everything(&store).unwrap();
+    store.close().await.unwrap();
+    let blocks = || 1..disk.content(path).unwrap().len() as u64 / 4096;
+
+    let store = open();
+    blocks().for_each(|block| disk.flip_cached(path, block * 4096 + 77, 3));
+    assert_eq!(read_everything(&store).unwrap(), before);
+    // From the cache nothing can be read, from the card everything.
+    disk.fail(DiskFault { only: |kind| kind == Operation::Read, ..DiskFault::for_good(1, Eio) });
+    store.close().await.unwrap();
+    disk.restart();
+    let store = open();
+    disk.fail(DiskFault { only: |kind| kind == Operation::Read, ..DiskFault::for_good(1, Eio) });
+    assert_eq!(read_everything(&store).unwrap(), before);
+    assert!(disk.has_failed());
+
+    // What the card itself does not hold is damage.
+    disk.heal();
+    store.close().await.unwrap();
+    blocks().for_each(|block| disk.flip(path, block * 4096 + 77, 3));
+    disk.restart();
+    let found =
+        Store::open(&env, path, &options(DrainOn::Task)).and_then(|store| read_everything(&store));
+    assert!(found.unwrap_err().is_damage());
 }
 
 #[tokio::test]

@@ -88,6 +88,7 @@ async fn card_that_fills_up_is_survived_without_a_restart() {
         tokio::time::sleep(Duration::from_secs(6)).await;
     }
     assert!(1_000 < keys, "full after {keys} keys");
+    assert!(store.is_short_of_room());
     assert_eq!(held(), 0);
 
     // What an operator does: delete, compact, defragment.
@@ -103,6 +104,7 @@ async fn card_that_fills_up_is_survived_without_a_restart() {
     wait_until("there is room again", || *space.borrow() == Space::Enough).await;
 
     assert_eq!(held(), SIZES.ballast);
+    assert!(!store.is_short_of_room());
     put(&store, 500);
     durable(&store).await.unwrap();
     assert_eq!(failed.now_or_never().map(|failure| failure.to_string()), None);
@@ -126,6 +128,7 @@ async fn starving_store_serves_and_holds_writes_until_there_is_room() {
 
     assert_eq!(error.fault(), Some(Fault::Full), "{error}");
     assert!(*store.starved().borrow());
+    assert!(store.is_short_of_room(), "clients are told before anybody has looked at the card");
     put(&store, 200);
     assert_eq!(count(&store), 300);
     // Power cut now: the last checkpoint is there.
@@ -134,9 +137,30 @@ async fn starving_store_serves_and_holds_writes_until_there_is_room() {
     disk.set_free(64 * MIB);
     store.room_made();
     store.starved().wait_for(|starved| !starved).await.unwrap();
+    assert!(!store.is_short_of_room());
     durable(&store).await.unwrap();
     assert_eq!(count(&open(&disk.copy().env())), 300);
     assert_eq!(failed.now_or_never().map(|failure| failure.to_string()), None);
+}
+
+/// Giving the ballast back takes a barrier, and a full card takes its time for that. Puts used to be admitted meanwhile
+/// and then waited in vain.
+#[tokio::test(start_paused = true)]
+async fn puts_end_before_the_ballast_is_given_back() {
+    let disk = MemoryDisk::new(64 * MIB);
+    let env = disk.env();
+    let mut file = Ballast::open(&env, ballast(), SIZES.ballast).unwrap();
+    file.ensure().await.unwrap();
+    let guard = SpaceGuard::open(&env, ballast(), SIZES).unwrap();
+    let store = open(&env);
+    disk.set_free(0);
+    disk.fail_removals();
+
+    let watching = tokio::spawn(guard.run(store.clone()));
+    wait_until("puts end", || store.is_short_of_room()).await;
+
+    assert!(disk.exists(ballast()).unwrap(), "the ballast could not be removed");
+    watching.abort();
 }
 
 #[tokio::test(start_paused = true)]

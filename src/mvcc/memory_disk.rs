@@ -22,6 +22,8 @@ struct Card {
     names: BTreeMap<PathBuf, Shared<Content>>,
     /// Blocks that may be allocated.
     free: u64,
+    /// Nothing can be removed.
+    removals_fail: bool,
 }
 
 /// Clones are the same card.
@@ -48,6 +50,11 @@ impl MemoryDisk {
         self.0.lock().unwrap().free = bytes / BLOCK;
     }
 
+    /// From now on no file can be removed.
+    pub(super) fn fail_removals(&self) {
+        self.0.lock().unwrap().removals_fail = true;
+    }
+
     /// A card with the same files, that shares nothing with this one.
     pub(super) fn copy(&self) -> Self {
         let card = self.0.lock().unwrap();
@@ -55,7 +62,7 @@ impl MemoryDisk {
             |content: &Shared<Content>| Arc::new(Mutex::new(content.lock().unwrap().clone()));
         let names =
             card.names.iter().map(|(path, content)| (path.clone(), copy(content))).collect();
-        Self(Arc::new(Mutex::new(Card { names, free: card.free })))
+        Self(Arc::new(Mutex::new(Card { names, free: card.free, removals_fail: false })))
     }
 
     pub(super) fn bytes(&self, path: &Path) -> Vec<u8> {
@@ -107,6 +114,9 @@ impl Disk for MemoryDisk {
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         let mut card = self.0.lock().unwrap();
+        if card.removals_fail {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
         let content = card.names.remove(path).ok_or_else(missing)?;
         card.free += content.lock().unwrap().allocated.len() as u64;
         Ok(())

@@ -56,13 +56,13 @@ use bytes::Bytes;
 use crate::proto::mvccpb::{Event, KeyValue};
 use crate::types::{LeaseId, Revision};
 
-pub use backend::{Failure, Fault};
+pub use backend::{Failure, Fault, Scrubbed};
 pub use dump::{DumpStream, DumpSummary};
 pub use error::StoreError;
 pub use format::Position;
 pub use hash::{KvHash, StateHash};
 pub use read::ReadTxn;
-pub use store::{Checkpoint, DrainOn, Options, Received, Receiving, Store};
+pub use store::{Checkpoint, DrainOn, Options, Received, Receiving, SCRUB_BLOCKS, Store};
 pub use view::{Entry, View, Visit};
 pub use write::WriteTxn;
 

@@ -206,7 +206,7 @@ impl ReadTxn {
 
     /// How much there is. Read from the tables' roots, so it costs nothing to speak of.
     pub fn counts(&self) -> Result<Counts, StoreError> {
-        Ok(Counts { keys: self.cur.len()?, changes: self.rev.len()? })
+        self.checked(|| Ok(Counts { keys: self.cur.len()?, changes: self.rev.len()? }))
     }
 
     /// The cluster this state belongs to.

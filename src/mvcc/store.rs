@@ -15,7 +15,7 @@ use std::future::Future;
 use std::io::{self, Read, Write};
 use std::mem;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use redb::{Durability, StorageBackend};
@@ -24,7 +24,7 @@ use tokio::sync::{OwnedMutexGuard, watch};
 use crate::env::Env;
 use crate::types::{ClusterId, LogId};
 
-use super::backend::{self, Epoch, Failure, Operation, Reports, blocking};
+use super::backend::{self, Epoch, Failure, Operation, Reports, Scrubbed, blocking};
 use super::dump::{self, Loader, Pending, StreamReader};
 use super::engine::Engine;
 use super::format::Head;
@@ -32,6 +32,9 @@ use super::{DumpSummary, ReadTxn, StoreError, StoreSize, WriteTxn, write};
 
 /// Page cache of a file that is being filled, in order, while another one is open.
 const FILL_CACHE_BYTES: usize = 4 << 20;
+
+/// Blocks that are checked together.
+pub const SCRUB_BLOCKS: u32 = 64;
 
 /// Who carries writes to the card.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +77,8 @@ struct Inner {
     reports: Reports,
     /// [`Head::bytes`] after the last commit.
     bytes: AtomicU64,
+    /// The card is nearly full, as [`Store::set_room_low`] said last.
+    room_low: AtomicBool,
 }
 
 /// A durable commit on its way to the card.
@@ -132,6 +137,7 @@ impl Store {
                 receiving: Arc::default(),
                 reports,
                 bytes: AtomicU64::new(head.bytes),
+                room_low: AtomicBool::new(false),
             }),
         })
     }
@@ -219,6 +225,25 @@ impl Store {
         blocking(|| self.swap_in(before, &received.file.path))
     }
 
+    /// Reads and checks up to `count` blocks of the file on the card, from block `from` on. Damage is told to the caller
+    /// only: see [`backend::Backend::scrub`].
+    pub fn scrub(&self, from: u32, count: u32) -> Result<Scrubbed, StoreError> {
+        Ok(self.engine()?.backend.scrub(from, count)?)
+    }
+
+    /// Reads and checks everything: every block on the card, and every record. The first damage is the error.
+    pub fn verify(&self) -> Result<(), StoreError> {
+        let mut next = Some(0);
+        while let Some(from) = next {
+            let scrubbed = self.scrub(from, SCRUB_BLOCKS)?;
+            if let Some(failure) = scrubbed.damaged.into_iter().next() {
+                return Err(failure.into());
+            }
+            next = scrubbed.next;
+        }
+        self.read()?.each_record(&mut |_, _, _| Ok(()))
+    }
+
     /// Replaces the state by a peer's snapshot. On an error the old state stays; if it was the card that failed
     /// half-way, [`Store::failed`] says so, and the next open finds one of the two.
     pub async fn restore(&self, input: &mut (dyn Read + Send)) -> Result<DumpSummary, StoreError> {
@@ -283,6 +308,17 @@ impl Store {
     /// when there may be room again; it is also tried every second.
     pub fn starved(&self) -> watch::Receiver<bool> {
         self.inner.reports.starved()
+    }
+
+    /// Whether the card has room for deletes and compaction only: it is full, or nearly. Costs next to nothing, so it
+    /// may be asked before every write of a client.
+    pub fn is_short_of_room(&self) -> bool {
+        self.inner.room_low.load(Ordering::Relaxed) || self.inner.reports.is_starved()
+    }
+
+    /// What whoever watches the room on the card has found: see [`super::ballast`].
+    pub fn set_room_low(&self, low: bool) {
+        self.inner.room_low.store(low, Ordering::Relaxed);
     }
 
     /// There may be room on the card again.

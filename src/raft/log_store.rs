@@ -21,7 +21,7 @@ use super::checkpoint::CheckpointMark;
 use super::types::{self, Entry, RaftLogId, RaftVote, TypeConfig};
 use crate::command::Class;
 use crate::mutants::{Mutant, is_planted};
-use crate::types::LogIndex;
+use crate::types::{LogId, LogIndex};
 use crate::wal::{self, Record, Urgency, Wal};
 
 /// Most bytes of entries read at a time, and sent in one message: 40 ms of a Pi's Ethernet, so that what comes behind it does
@@ -185,7 +185,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn read_committed(&mut self) -> Result<Option<RaftLogId>, io::Error> {
-        Ok(self.wal.hard_state().committed.map(types::raft_log_id))
+        let state = self.wal.hard_state();
+        // A hint, and never one about entries that are not here: openraft would look for them.
+        let is_here = |id: &LogId| state.last.is_some_and(|last| id.index <= last.index);
+        Ok(state.committed.filter(is_here).map(types::raft_log_id))
     }
 
     async fn append<I>(
@@ -234,5 +237,57 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             return Ok(());
         }
         self.remember(Record::Purge(upto))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use openraft::storage::RaftLogStorageExt as _;
+
+    use super::*;
+    use crate::testkit::{self, FaultDisk, ManualClock};
+    use crate::types::{NodeId, Term};
+
+    fn id(index: u64) -> LogId {
+        LogId { term: Term::new(1), leader: NodeId::new(1), index: LogIndex::new(index) }
+    }
+
+    async fn open(disk: &FaultDisk) -> (LogStore, tokio::task::JoinHandle<()>) {
+        let env = testkit::env(disk, &ManualClock::new(), 1);
+        let options = wal::Options { segment_bytes: 64 << 10, ..wal::Options::default() };
+        let owner = wal::Identity::default();
+        let (wal, _, writer) = Wal::open(&env, Path::new("/db/wal"), owner, options).await.unwrap();
+        let store = LogStore::new(wal, Arc::new(CheckpointMark::new(Some(id(100)))));
+        (store, tokio::spawn(writer.run()))
+    }
+
+    /// After a snapshot was installed, the log ends before the entry that is purged up to.
+    #[tokio::test]
+    async fn purge_beyond_the_end_empties_the_log_and_lets_it_go_on_there() {
+        let disk = FaultDisk::with_dir(Path::new("/db"));
+        let (mut store, writer) = open(&disk).await;
+        let blank =
+            |index| Entry { log_id: types::raft_log_id(id(index)), payload: types::Payload::Blank };
+        store.blocking_append([blank(1), blank(2), blank(3)]).await.unwrap();
+        store.truncate_after(Some(types::raft_log_id(id(2)))).await.unwrap();
+        store.purge(types::raft_log_id(id(50))).await.unwrap();
+        store.save_committed(Some(types::raft_log_id(id(60)))).await.unwrap();
+        store.blocking_append([blank(51)]).await.unwrap();
+        assert_eq!(store.read_committed().await.unwrap(), None, "60 is not here");
+
+        store.wal.close().await.unwrap();
+        writer.await.unwrap();
+        disk.power_cut(|_| testkit::disk::Fate::LOST);
+        let (mut store, _writer) = open(&disk).await;
+
+        let state = store.get_log_state().await.unwrap();
+        assert_eq!(state.last_purged_log_id, Some(types::raft_log_id(id(50))));
+        assert_eq!(state.last_log_id, Some(types::raft_log_id(id(51))));
+        let entries = store.read(0, u64::MAX, u64::MAX).unwrap();
+        assert_eq!(entries.iter().map(|entry| entry.log_id.index).collect::<Vec<_>>(), [51]);
+        store.save_committed(Some(types::raft_log_id(id(51)))).await.unwrap();
+        assert_eq!(store.read_committed().await.unwrap(), Some(types::raft_log_id(id(51))));
     }
 }

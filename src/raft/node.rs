@@ -23,8 +23,10 @@ use super::stats::{Counters, Stats};
 use super::transport::{Refused, Transport};
 use super::types::{self, Raft, TypeConfig};
 use super::{Follow, Member, Role, Status};
+use crate::announce;
 use crate::apply::Operations;
 use crate::env::Env;
+use crate::events::{EventId, fields};
 use crate::limits;
 use crate::mutants::{Mutant, is_planted};
 use crate::mvcc::{Store, StoreError};
@@ -297,6 +299,11 @@ impl Node {
         self.shared.id
     }
 
+    /// Whether this node's card has room for deletes and compaction only.
+    pub fn is_short_of_room(&self) -> bool {
+        self.shared.store.is_short_of_room() || self.shared.wal.is_starved()
+    }
+
     /// The log.
     pub fn wal(&self) -> &Wal {
         &self.shared.wal
@@ -503,7 +510,11 @@ impl Checkpointer {
                 && let Err(error) = self.checkpoint().await
             {
                 // The store's own failure channel stops the node; the log stays and replays.
-                tracing::error!(%error, "checkpoint failed");
+                announce!(
+                    EventId::CheckpointFailed,
+                    { fields::REASON } = %error,
+                    "checkpoint failed: {error}"
+                );
             }
         }
     }

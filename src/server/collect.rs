@@ -244,6 +244,7 @@ struct State {
     applied: LogIndex,
     no_space: u64,
     corrupt: u64,
+    starved: bool,
 }
 
 impl State {
@@ -261,6 +262,7 @@ impl State {
             applied: view.applied().map_or(LogIndex::new(0), |id| id.index),
             no_space: raised(AlarmType::Nospace),
             corrupt: raised(AlarmType::Corrupt),
+            starved: *store.starved().borrow(),
         })
     }
 }
@@ -299,6 +301,11 @@ fn store(page: &mut Page<'_>, state: &State) -> fmt::Result {
             revision(state.compacted),
         ),
     ])?;
+    page.gauges(&[(
+        "k3s_server_store_starved",
+        "Whether writes to the state file wait for room on a full card. 1 is yes, 0 is no",
+        u64::from(state.starved),
+    )])?;
     page.labelled(
         ("k3s_server_alarms", "Members that have raised an alarm", "alarm"),
         &[("NOSPACE", state.no_space), ("CORRUPT", state.corrupt)],

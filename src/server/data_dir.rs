@@ -5,6 +5,7 @@
 //!          node.json    who this node is; written first, at founding
 //!          tls/         certificates and keys
 //!          ballast      given back when the card is full
+//!          scrubbed     when the card was last checked
 //!          state.redb   the state machine at its last checkpoint, with its checksum tables
 //!          wal/         the log since then
 //!          flags        the critical flags as seen last; a hint
@@ -15,14 +16,15 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use super::mend::{self, CarryOutError, Unmendable};
 use super::parts::{self, Mismatch};
 use crate::env::Env;
 use crate::join::{Identity, IdentityError};
 use crate::limits;
 use crate::mvcc::backend::OpenError;
-use crate::mvcc::ballast::{Sizes, SpaceGuard};
+use crate::mvcc::ballast::{Sizes, Space, SpaceGuard};
 use crate::mvcc::{self, DrainOn, Store, StoreError};
-use crate::wal::{self, Recovery, Wal};
+use crate::wal::{self, Old, Recovery, Wal};
 
 /// Why a data directory cannot be used.
 #[derive(Debug, Error)]
@@ -56,6 +58,16 @@ pub enum DataDirError {
     /// The log cannot be opened.
     #[error(transparent)]
     Wal(#[from] wal::OpenError),
+    /// The log is damaged, and this node cannot go on without what is missing in it.
+    #[error("write-ahead log: {damage}; {why}")]
+    Damaged {
+        /// The directory.
+        path: String,
+        /// Where.
+        damage: Box<wal::Damage>,
+        /// What keeps it from going on.
+        why: Unmendable,
+    },
     /// Files of a node are there, but not the one that says whose they are.
     #[error("{path} holds {found} but no node.json, which says whose it is")]
     Orphan {
@@ -72,6 +84,15 @@ pub enum DataDirError {
         /// What contradicts what.
         mismatch: Mismatch,
     },
+}
+
+impl From<CarryOutError> for DataDirError {
+    fn from(error: CarryOutError) -> Self {
+        match error {
+            CarryOutError::Store(error) => Self::Store(error),
+            CarryOutError::Wal(error) => Self::Wal(error),
+        }
+    }
 }
 
 impl DataDirError {
@@ -107,10 +128,17 @@ impl DataDirError {
                 "a part was lost, copied from another node or restored alone; put the whole directory back as it was at one time; with other servers running, remove this node and join it again"
                     .to_owned()
             }
-            Self::Wal(wal::OpenError::Corrupt(_)) => {
+            Self::Wal(wal::OpenError::Corrupt(_))
+            | Self::Damaged { why: Unmendable::OtherVoters, .. } => {
                 "nothing was changed; `k3s-server wal verify` shows the damage; with other servers running, remove this node and join it again"
                     .to_owned()
             }
+            Self::Damaged { why: Unmendable::EmptyState | Unmendable::State(_), .. } => {
+                "nothing was changed; restore the last backup".to_owned()
+            }
+            Self::Damaged { path, why: Unmendable::Lost(_), .. } => format!(
+                "nothing was changed; restore the last backup, or go on without these entries: `k3s-server wal repair --accept-data-loss {path}`, which keeps the damaged log aside"
+            ),
         }
     }
 }
@@ -192,13 +220,43 @@ impl Locked {
         let options =
             mvcc::Options { cache_bytes: limits::STATE_CACHE_BYTES, drain: DrainOn::Thread };
         let store = Store::open(env, &path.join(STATE_FILE), &options)?;
+        store.set_room_low(*space.space().borrow() == Space::Low);
         parts::check(env, &path, &store, identity)?;
-        let owner = wal::Identity { cluster: identity.cluster, node: identity.node };
         let options = wal::Options { linger, ..wal::Options::default() };
-        let (wal, recovery, writer) = Wal::open(env, &wal_dir(&path), owner, options).await?;
+        let (wal, recovery, writer) = open_log(env, &path, &store, identity, options).await?;
+        parts::reconcile(&wal, store.read()?.applied())?;
         writer.spawn_thread().map_err(|source| directory_error(&path, source))?;
         Ok(DataDir { path, identity, created, space, store, wal, recovery, lock })
     }
+}
+
+/// Opens the log; a damaged one begins anew, if nothing is lost by that.
+async fn open_log(
+    env: &Env,
+    path: &Path,
+    store: &Store,
+    identity: Identity,
+    options: wal::Options,
+) -> Result<(Wal, Recovery, wal::Writer), DataDirError> {
+    let (dir, owner) = (wal_dir(path), mend::owner(identity));
+    let damage = match Wal::open(env, &dir, owner, options).await {
+        Err(wal::OpenError::Corrupt(damage)) => damage,
+        other => return Ok(other?),
+    };
+    let plan = mend::plan(env, path, store, identity)?.and_then(|plan| match plan.salvage.lost {
+        None => Ok(plan),
+        Some(lost) => Err(Unmendable::Lost(lost)),
+    });
+    let plan = match plan {
+        Ok(plan) => plan,
+        Err(why) => {
+            mend::announce_unmendable(path, &damage, &why);
+            return Err(DataDirError::Damaged { path: path.display().to_string(), damage, why });
+        }
+    };
+    mend::carry_out(env, path, store, identity, &plan, Old::Remove).await?;
+    mend::announce_mended(path, &plan);
+    Ok(Wal::open(env, &dir, owner, options).await?)
 }
 
 fn directory_error(path: &Path, source: io::Error) -> DataDirError {

@@ -30,12 +30,16 @@ mod follow;
 mod health;
 mod leases;
 mod membership;
+mod mend;
 mod parts;
+mod repair;
 mod run;
+mod scrub;
 mod settle;
 mod supervise;
 mod wal_tools;
 
 pub use dial::Network;
+pub use repair::{RepairError, repair};
 pub use run::{RunError, run};
 pub use wal_tools::{dump, recorded_flags, verify};

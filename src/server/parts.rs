@@ -10,6 +10,7 @@
 //! - A refusal has written nothing: with the lost part put back, the node starts. The log is read once more for that, from
 //!   the page cache.
 
+use std::io;
 use std::path::Path;
 
 use thiserror::Error;
@@ -20,7 +21,7 @@ use crate::join::Identity;
 use crate::mvcc::{ReadTxn, Store};
 use crate::raft;
 use crate::types::{ClusterId, LogId};
-use crate::wal::{self, HardState, inspect};
+use crate::wal::{self, HardState, Record, Urgency, Wal, inspect};
 
 /// How the parts of a data directory contradict each other.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -100,6 +101,32 @@ pub(super) fn check(
     Ok(())
 }
 
+/// Drops what of a log contradicts the state: entries that were never committed, under indexes that the state has from
+/// elsewhere.
+///
+/// A snapshot is durable when it is installed; that the log forgets what is in its way is written with the next frame.
+/// After a crash in between the log still has, say, entry 50 of term 1, and the state has applied entry 50 of term 2.
+pub(super) fn reconcile(wal: &Wal, applied: Option<LogId>) -> Result<(), DataDirError> {
+    let state = wal.hard_state();
+    let Some(applied) = applied else { return Ok(()) };
+    let is_here = state.purged < state.last
+        && state.purged.is_none_or(|purged| purged.index < applied.index)
+        && state.last.is_some_and(|last| applied.index <= last.index);
+    if !is_here {
+        return Ok(());
+    }
+    let failed = |source| wal::OpenError::Io { action: "read", path: wal.dir().to_owned(), source };
+    let found = wal.entries(applied.index..applied.index.next(), u64::MAX).map_err(failed)?;
+    if found.first().is_none_or(|entry| entry.id == applied) {
+        return Ok(());
+    }
+    tracing::info!(%applied, "the log's end was never committed; the state has what took its place");
+    let records = vec![Record::TruncateAfter(state.purged), Record::Purge(applied)];
+    let done = wal.append(records, Urgency::RideAlong, |_| ());
+    done.map_err(|refused| failed(io::Error::other(refused)))?;
+    Ok(())
+}
+
 /// Whether there is a log, in whatever condition.
 fn has_log(env: &Env, path: &Path) -> Result<bool, DataDirError> {
     let dir = wal_dir(path);
@@ -112,7 +139,7 @@ fn has_log(env: &Env, path: &Path) -> Result<bool, DataDirError> {
 }
 
 /// Whether this node is the only voter, as far as the state knows.
-fn is_alone(view: &ReadTxn, identity: Identity) -> bool {
+pub(super) fn is_alone(view: &ReadTxn, identity: Identity) -> bool {
     // A membership that cannot be read is reported by Raft, which needs it.
     let voters = raft::inspect::voters(view).unwrap_or_default();
     voters.len() == 1 && voters.contains(&identity.node)
@@ -138,10 +165,53 @@ fn contradiction(applied: Option<LogId>, log: &HardState, alone: bool) -> Option
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testkit::{self, FaultDisk, ManualClock};
     use crate::types::{LogIndex, NodeId, Term};
 
     fn id(index: u64) -> LogId {
         LogId { term: Term::new(1), leader: NodeId::new(1), index: LogIndex::new(index) }
+    }
+
+    async fn reconciled(log: Vec<Record>, applied: LogId) -> HardState {
+        let disk = FaultDisk::with_dir(Path::new("/db"));
+        let env = testkit::env(&disk, &ManualClock::new(), 1);
+        let options = wal::Options { segment_bytes: 64 << 10, ..wal::Options::default() };
+        let owner = wal::Identity::default();
+        let (wal, _, writer) = Wal::open(&env, Path::new("/db/wal"), owner, options).await.unwrap();
+        wal.append(log, Urgency::Urgent, |_| ()).unwrap();
+        reconcile(&wal, Some(applied)).unwrap();
+        let state = wal.hard_state();
+        assert!(
+            wal.append(vec![entry(9, applied.index.get() + 1)], Urgency::Urgent, |_| ()).is_ok()
+        );
+        drop(writer);
+        state
+    }
+
+    fn entry(term: u64, index: u64) -> Record {
+        let id = LogId { term: Term::new(term), ..id(index) };
+        Record::Entry { id, payload: bytes::Bytes::from_static(b"x") }
+    }
+
+    /// A crash between installing a snapshot and forgetting the entries that it replaces: openraft refused to start.
+    #[tokio::test]
+    async fn uncommitted_entries_under_an_applied_index_are_dropped() {
+        let log = || (1..=5).map(|index| entry(1, index)).collect::<Vec<_>>();
+        let of_term_2 = |index| LogId { term: Term::new(2), ..id(index) };
+
+        let state = reconciled(log(), of_term_2(4)).await;
+        assert_eq!((state.purged, state.last), (Some(of_term_2(4)), Some(of_term_2(4))));
+
+        let purged = [log(), vec![Record::Purge(id(2))]].concat();
+        let state = reconciled(purged, of_term_2(5)).await;
+        assert_eq!((state.purged, state.last), (Some(of_term_2(5)), Some(of_term_2(5))));
+    }
+
+    #[tokio::test]
+    async fn entries_that_the_state_has_applied_stay() {
+        let log = (1..=5).map(|index| entry(1, index)).collect();
+        let state = reconciled(log, id(5)).await;
+        assert_eq!((state.purged, state.last), (None, Some(id(5))));
     }
 
     fn log(purged: Option<u64>, last: Option<u64>) -> HardState {

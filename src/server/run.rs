@@ -17,6 +17,7 @@ use super::health::NodeHealth;
 use super::leases::LeasesOfLeader;
 use super::listen::{Caps, ListenError, Listeners};
 use super::membership::NodeMembership;
+use super::scrub::{self, ScrubMetrics, Scrubber};
 use super::settle::Settling;
 use super::{backup, supervise};
 use crate::announce;
@@ -363,6 +364,8 @@ async fn start(
     metrics.collect(peers.clone());
     let live = Live::start(config, env, &entered).await?;
     let settings = settings(config);
+    let scrubbing = Arc::new(scrub::Progress::default());
+    metrics.collect(ScrubMetrics(Arc::clone(&scrubbing)));
     let api = Api::new(live.parts(env, settings, &entered));
     dispatch.takes_part(Taking { node: live.node.clone(), api: api.clone() });
 
@@ -398,6 +401,13 @@ async fn start(
         tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
         tokio::spawn(supervise::keep_space_alarm(node.clone(), dir.space.space())),
         tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
+        tokio::spawn(scrub::run(Scrubber {
+            env: env.clone(),
+            store: dir.store.clone(),
+            wal: dir.wal.clone(),
+            path: dir.path.clone(),
+            progress: scrubbing,
+        })),
         tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
         tokio::spawn(supervise::find_lost(node.clone(), peers.clone(), finder)),
         tokio::spawn(supervise::forget_removed(node.clone(), peers)),

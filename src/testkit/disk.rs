@@ -14,8 +14,8 @@
 //! - Names that were created, renamed or removed and not synced: lost, or kept.
 //! - The n-th operation, of any kind or of some kinds, failing once or for good: EIO, ENOSPC, a short write.
 //! - A failed barrier leaves the page cache "clean": readers see the data, a later barrier does not write it.
-//! - Barriers that lie; barriers that take time; a full card; bit flips; restarts without a power cut, after which old
-//!   handles are dead.
+//! - Barriers that lie; barriers that take time; a full card; bit flips, on the card or in the page cache only; blocks
+//!   that cannot be read until they are written again; restarts without a power cut, after which old handles are dead.
 //!
 //! # Not here
 //!
@@ -27,6 +27,7 @@ mod world;
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -55,6 +56,8 @@ pub enum Operation {
     SyncDir,
     /// [`DiskFile::read_at`].
     Read,
+    /// [`DiskFile::read_uncached_at`].
+    ReadUncached,
     /// [`DiskFile::write_at`].
     Write,
     /// [`DiskFile::set_len`].
@@ -108,7 +111,10 @@ impl Fault {
 
 /// Whether an operation changes what is on the card.
 pub const fn changes(operation: Operation) -> bool {
-    !matches!(operation, Operation::Open | Operation::Look | Operation::Read)
+    !matches!(
+        operation,
+        Operation::Open | Operation::Look | Operation::Read | Operation::ReadUncached
+    )
 }
 
 /// A piece of a write, or a change of a name, that no barrier has covered.
@@ -302,6 +308,20 @@ impl FaultDisk {
             panic!("no file {} to flip a bit in", path.display());
         };
         inode.change(offset, |bytes| bytes[0] ^= 1 << bit);
+    }
+
+    /// Changes one bit of a file in the page cache only: memory that forgot, or a transfer that went wrong.
+    pub fn flip_cached(&self, path: &Path, offset: u64, bit: u8) {
+        let mut world = self.lock();
+        let Some(inode) = world.file_mut(path) else {
+            panic!("no file {} to flip a bit in", path.display());
+        };
+        inode.change_cached(offset, |bytes| bytes[0] ^= 1 << bit);
+    }
+
+    /// Blocks of a file that cannot be read any more, neither from the page cache nor from the card.
+    pub fn break_blocks(&self, path: &Path, blocks: Range<u64>) {
+        self.lock().broken.push((path.to_owned(), blocks));
     }
 
     /// Puts bytes into a file behind everybody's back, on the card and in the page cache.

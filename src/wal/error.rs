@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use super::Identity;
 use super::format::Defect;
+use crate::limits::WAL_BLOCK_BYTES;
 use crate::types::{LogId, SegmentNo};
 
 /// Bytes that were durable once and are not what was written.
@@ -27,6 +28,13 @@ pub struct Damage {
     pub last_good: Option<LogId>,
     /// What is wrong.
     pub defect: Defect,
+}
+
+impl Damage {
+    /// The block it starts at.
+    pub(super) fn block(&self) -> u32 {
+        u32::try_from(self.offset / WAL_BLOCK_BYTES).unwrap_or(u32::MAX)
+    }
 }
 
 /// Why the log does not open.
@@ -101,6 +109,16 @@ pub enum Failed {
 }
 
 impl Failed {
+    /// Whether the card is full.
+    pub(super) fn is_for_lack_of_room(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            }
+            Self::Closed => false,
+        }
+    }
+
     /// For `map_err`: what was tried, on what.
     pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_owned();

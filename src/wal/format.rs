@@ -202,6 +202,12 @@ pub enum Defect {
         /// Its number.
         found: SegmentNo,
     },
+    /// The card does not give it back, not even at the second attempt.
+    #[error("cannot be read: {}", std::io::Error::from_raw_os_error(*code))]
+    Unreadable {
+        /// The kernel's error number.
+        code: i32,
+    },
     /// The file is shorter than its header says.
     #[error("file is {found} bytes, expected {expected}")]
     FileLength {
@@ -466,6 +472,15 @@ impl FrameHeader {
     /// Whether it repeats the frame with this number, which was chained to this checksum.
     pub fn repeats(&self, seq: u64, chain: u32) -> bool {
         self.first_repeated() == Some(seq) && self.replaced_chain == chain
+    }
+
+    /// Number of the frame that comes first when replaying begins here, and what it is chained to: the frame itself, or
+    /// the first it can stand in for.
+    pub fn start(&self) -> (u64, u32) {
+        match self.first_repeated() {
+            Some(first) => (first, self.replaced_chain),
+            None => (self.seq, self.chain),
+        }
     }
 
     /// Whether it repeats a frame before this number.

@@ -16,7 +16,7 @@ use std::fmt;
 use std::future::Future;
 use std::mem;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -104,6 +104,7 @@ impl Wal {
             wake_filler: Notify::new(),
             spare_ready: Notify::new(),
             counters: Counters::default(),
+            starved: AtomicBool::new(false),
         });
         let core = Core { shared: Arc::clone(&shared), appender, scratch: Vec::new() };
         let filler = Filler { shared: Arc::clone(&shared), identity };
@@ -180,6 +181,11 @@ impl Wal {
         }
     }
 
+    /// Where it is.
+    pub fn dir(&self) -> &Path {
+        &self.shared.dir
+    }
+
     /// What Raft must remember, as accepted.
     pub fn hard_state(&self) -> HardState {
         self.shared.lock().view.state()
@@ -209,6 +215,11 @@ impl Wal {
     /// Why the log stopped, if it has.
     pub fn failed(&self) -> Option<Failed> {
         self.shared.lock().failed.clone()
+    }
+
+    /// Whether the last attempt to fill a slot ahead of need failed for lack of room on the card.
+    pub fn is_starved(&self) -> bool {
+        self.shared.starved.load(Ordering::Relaxed)
     }
 
     /// Bytes of frames and segment headers written since the log was opened: [`Stats::bytes_written`] alone.
@@ -245,6 +256,8 @@ pub(super) struct Shared {
     pub(super) options: Options,
     pub(super) wake_filler: Notify,
     pub(super) counters: Counters,
+    /// The card has no room for another slot.
+    starved: AtomicBool,
     state: Mutex<State>,
     wake_writer: Notify,
     spare_ready: Notify,
@@ -319,6 +332,13 @@ pub(super) enum Next {
     Stop,
 }
 
+/// Raw payload of one frame. Slots may be smaller than usual in tests.
+pub(super) fn frame_raw_max(segment_bytes: u64) -> usize {
+    // Header, copy of the header, and the frame's own header must fit beside it.
+    let segment = usize::try_from(segment_bytes).unwrap_or(usize::MAX);
+    RAW_BYTES_MAX.min(segment.saturating_sub(2 * format::BLOCK)) - FRAME_HEADER_BYTES
+}
+
 impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         // A panic under the lock is a bug that the assertion's message reports; the log's own state is changed
@@ -326,15 +346,10 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Raw payload of one frame. Slots may be smaller than usual in tests.
-    fn frame_raw_max(&self) -> usize {
-        // Header, copy of the header, and the frame's own header must fit beside it.
-        let segment = usize::try_from(self.options.segment_bytes).unwrap_or(usize::MAX);
-        RAW_BYTES_MAX.min(segment.saturating_sub(2 * format::BLOCK)) - FRAME_HEADER_BYTES
-    }
-
     fn record_bytes_max(&self) -> usize {
-        usize::try_from(WAL_RECORD_BYTES_MAX).unwrap_or(usize::MAX).min(self.frame_raw_max())
+        usize::try_from(WAL_RECORD_BYTES_MAX)
+            .unwrap_or(usize::MAX)
+            .min(frame_raw_max(self.options.segment_bytes))
     }
 
     fn accept(
@@ -344,7 +359,7 @@ impl Shared {
         records: Vec<Record>,
         urgency: Urgency,
     ) -> (u64, u64) {
-        let raw_max = self.frame_raw_max();
+        let raw_max = frame_raw_max(self.options.segment_bytes);
         // What fits one frame is never split over two, so it survives a crash as a whole or not at all.
         let mut unsplit: usize = records.iter().map(format::record_bytes).sum();
         if raw_max < unsplit {
@@ -547,6 +562,8 @@ impl Shared {
             let number = state.blanks.pop().unwrap_or_else(|| state.free_number());
             return Job::Fill(number);
         }
+        // A recycled slot will do instead.
+        self.starved.store(false, Ordering::Relaxed);
         if state.has_too_many(&self.options)
             && let Some(slot) = state.spares.pop_back()
         {
@@ -558,11 +575,13 @@ impl Shared {
 
     pub(super) fn filled(&self, slot: Slot) {
         self.lock().spares.push_back(Arc::new(slot));
+        self.starved.store(false, Ordering::Relaxed);
         self.spare_ready.notify_one();
     }
 
     pub(super) fn fill_failed(&self, failed: Failed) {
         add(&self.counters.fill_failures, 1);
+        self.starved.store(failed.is_for_lack_of_room(), Ordering::Relaxed);
         let mut state = self.lock();
         if matches!(state.filler, FillerState::Awaited) {
             state.filler = FillerState::Failed(failed);

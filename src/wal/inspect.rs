@@ -100,7 +100,7 @@ pub fn entries(disk: &dyn Disk, dir: &Path) -> Result<Dump, OpenError> {
     let found = read(disk, dir)?;
     let next =
         found.runs.first().map_or(LogIndex::new(0), |first| first.max(found.state.first_kept()));
-    Ok(Dump { found, next, ready: Vec::new().into_iter(), failed: false })
+    Ok(Dump::new(found, next))
 }
 
 /// The entries of a log, read frame by frame. See [`entries`].
@@ -113,6 +113,11 @@ pub struct Dump {
 }
 
 impl Dump {
+    /// From an index that the log has, or that comes after its end.
+    pub(super) fn new(found: Found, next: LogIndex) -> Self {
+        Self { found, next, ready: Vec::new().into_iter(), failed: false }
+    }
+
     /// What Raft must remember; `committed` tells which entries are certain.
     pub const fn state(&self) -> HardState {
         self.found.state

@@ -12,7 +12,9 @@
 //!
 //! - `format`: bytes on disk. `batch`: when to write (pure; start reading there). `log`: what the log holds (pure).
 //! - `frame`, `segment`: one frame in memory, one slot on disk. `recovery`: what a directory holds after any crash.
-//! - `writer`: the only code that writes frames. `prepare`: fills slots ahead. `reader`, `inspect`: read only.
+//! - `salvage`: what a damaged log still proves. `start_over`: a log that begins anew, in place of another.
+//! - `writer`: the only code that writes frames of a running log. `prepare`: fills slots ahead. `reader`, `scrub`,
+//!   `inspect`: read only.
 //!
 //! # Invariants
 //!
@@ -53,10 +55,13 @@ mod segment;
 mod stats;
 
 mod recovery;
+mod salvage;
+mod start_over;
 
 mod handle;
 mod prepare;
 mod reader;
+mod scrub;
 mod writer;
 
 pub mod inspect;
@@ -75,6 +80,9 @@ pub use batch::{Durable, Urgency};
 pub use error::{Damage, Failed, OpenError, Refused};
 pub use handle::Wal;
 pub use recovery::{Cut, Recovery};
+pub use salvage::{Lost, Salvage, salvage};
+pub use scrub::Scrub;
+pub use start_over::{Beginning, Old, start_over};
 pub use stats::Stats;
 pub use writer::Writer;
 

@@ -12,7 +12,8 @@
 //!
 //! Only one frame is ever in flight, so a later frame (of the same segment and generation, with a higher sequence
 //! number, its header intact) proves that the bad one was durable once: *damage*. The same if a later segment's
-//! header chains to it. With nothing after it, it is a *torn* write that was promised to nobody, and is cut. Damage
+//! header chains to it. With nothing after it, it is a *torn* write that was promised to nobody, and is cut; but not
+//! if the card refuses to read it, because that is no mark of a torn write. Damage
 //! to exactly the last frame looks the same; an orderly stop and every start write a frame behind it, so the window
 //! is what was written since.
 //!
@@ -40,12 +41,12 @@ use std::sync::Arc;
 use super::format::{BLOCK, Defect, FrameHeader, RecordRef, SegmentHeader, SlotHeader, records};
 use super::frame::FrameBuffer;
 use super::log::{Effect, FrameAt, Gap, Runs};
-use super::segment::{self, ReadError, Segment, Slot};
+use super::segment::{self, ReadError, Segment, Slot, Source};
 use super::writer::{Appender, Position, Repeat};
-use super::{Damage, HardState, Identity, OpenError, Options, prepare};
+use super::{Damage, HardState, Identity, OpenError, Options, prepare, start_over};
 use crate::env::{Disk, Env, Open};
 use crate::mutants::{Mutant, is_planted};
-use crate::types::SegmentNo;
+use crate::types::{LogIndex, SegmentNo};
 
 /// What opening found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -124,11 +125,19 @@ impl Content {
 }
 
 /// The slots of a directory by what their headers say.
-struct Survey {
-    segments: BTreeMap<SegmentNo, (Slot, SegmentHeader)>,
-    spares: Vec<Slot>,
+pub(super) struct Survey {
+    pub(super) segments: BTreeMap<SegmentNo, (Slot, SegmentHeader)>,
+    pub(super) spares: Vec<Slot>,
     /// With a bad first block, and why it is bad.
-    blanks: Vec<(Slot, Defect)>,
+    pub(super) blanks: Vec<(Slot, Defect)>,
+}
+
+impl Survey {
+    /// The newest segment, and the oldest that replaying needs.
+    pub(super) fn live(&self) -> Option<(SegmentNo, SegmentNo)> {
+        let (_, header) = self.segments.values().next_back()?;
+        Some((header.segment, header.oldest_live))
+    }
 }
 
 /// Reads a directory. With no identity given, any is accepted.
@@ -139,36 +148,16 @@ pub(super) fn replay(
     identity: Option<Identity>,
 ) -> Result<Found, OpenError> {
     let mut survey = survey(disk, dir, how, identity)?;
-    let Some((newest, oldest)) = survey
-        .segments
-        .values()
-        .next_back()
-        .map(|(_, header)| (header.segment, header.oldest_live))
-    else {
+    let Some((newest, oldest)) = survey.live() else {
         return nothing_found(survey);
     };
     let mut replay = Replay::new(dir);
     if newest < oldest {
         return Err(replay.missing(oldest).into());
     }
-    for number in oldest.get()..=newest.get() {
-        let number = SegmentNo::new(number);
-        let Some((slot, header)) = survey.segments.remove(&number) else {
-            return Err(replay.missing(number).into());
-        };
-        replay.enter(slot, &header)?;
-        replay.frames(&header, number == newest)?;
-    }
+    replay.segments(&mut survey, oldest, newest)?;
     replay.check_complete()?;
-    for (slot, defect) in &survey.blanks {
-        replay.check_blank(slot, defect)?;
-    }
-    for slot in &survey.spares {
-        replay.check_free(slot, None)?;
-    }
-    for (slot, header) in survey.segments.values() {
-        replay.check_free(slot, Some(header.generation))?;
-    }
+    replay.check_others(&survey)?;
     let mut spares = survey.spares;
     let mut blanks: Vec<usize> = survey.blanks.iter().map(|(slot, _)| slot.number).collect();
     for (slot, header) in survey.segments.into_values() {
@@ -181,7 +170,7 @@ pub(super) fn replay(
     Ok(replay.into_found(spares, blanks))
 }
 
-fn survey(
+pub(super) fn survey(
     disk: &dyn Disk,
     dir: &Path,
     how: Open,
@@ -215,7 +204,7 @@ fn survey(
     Ok(survey)
 }
 
-fn bytes_of(slot: &Slot) -> u64 {
+pub(super) fn bytes_of(slot: &Slot) -> u64 {
     segment::offset_of(slot.blocks)
 }
 
@@ -237,8 +226,16 @@ fn header_at(
         Err(ReadError::Defect(Defect::Version { found })) => {
             Err(OpenError::Version { path: slot.path.clone(), found })
         }
-        Err(ReadError::Defect(defect)) => Ok(Err(defect)),
-        Err(ReadError::Io(error)) => Err(OpenError::io("read", &slot.path)(error)),
+        Err(error) => Ok(Err(error.into_defect())),
+    }
+}
+
+/// What the header of a segment says, where there must be one.
+pub(super) fn segment_header(slot: &Slot) -> Result<SegmentHeader, Defect> {
+    let header = |block| slot.header(block).map_err(ReadError::into_defect);
+    match best_header(header(0), header(slot.copy_block()))? {
+        SlotHeader::Segment(header) => Ok(header),
+        SlotHeader::Spare { .. } => Err(Defect::Kind { found: 2 }),
     }
 }
 
@@ -265,12 +262,13 @@ fn nothing_found(survey: Survey) -> Result<Found, OpenError> {
     // Frame 1 is empty and written together with the first header; it promises nothing.
     for (slot, defect) in &survey.blanks {
         let lost = slot.search(1, |header, block| header.block == block && 1 < header.seq);
-        if lost.map_err(OpenError::io("read", &slot.path))?.is_some() {
+        // A slot of which nothing can be read may hold anything.
+        if lost.map_or(true, |frame| frame.is_some()) {
             return Err(damage(slot, None, 0, &HardState::default(), defect.clone()).into());
         }
     }
     for slot in &survey.spares {
-        if let Some(frame) = later_life(slot, None, 1)? {
+        if let Some(frame) = later_life(slot, None, 1) {
             return Err(old_header(slot, &frame, &HardState::default()).into());
         }
     }
@@ -307,26 +305,21 @@ const FREE_BLOCKS_SEARCHED: u32 = 64;
 /// A frame beyond the log's end, of a life that the slot's header knows nothing of. The first block proves nothing: its
 /// frame is written together with the header, and either may be all that got to the card. What stands after it was only
 /// written when both were durable.
-fn later_life(
-    slot: &Slot,
-    generation: Option<u64>,
-    end: u64,
-) -> Result<Option<FrameHeader>, OpenError> {
+fn later_life(slot: &Slot, generation: Option<u64>, end: u64) -> Option<FrameHeader> {
     let mut buffer = Vec::new();
     for block in 2..FREE_BLOCKS_SEARCHED.min(slot.blocks) {
-        match slot.frame_header(block, &mut buffer) {
+        match slot.frame_header(Source::Cache, block, &mut buffer) {
             Ok(frame)
                 if frame.block == block
                     && generation != Some(frame.generation)
                     && end < frame.seq =>
             {
-                return Ok(Some(frame));
+                return Some(frame);
             }
-            Ok(_) | Err(ReadError::Defect(_)) => {}
-            Err(ReadError::Io(error)) => return Err(OpenError::io("read", &slot.path)(error)),
+            Ok(_) | Err(ReadError::Defect(_) | ReadError::Io(_)) => {}
         }
     }
-    Ok(None)
+    None
 }
 
 fn old_header(slot: &Slot, frame: &FrameHeader, state: &HardState) -> Damage {
@@ -335,25 +328,33 @@ fn old_header(slot: &Slot, frame: &FrameHeader, state: &HardState) -> Damage {
 }
 
 /// Follows the chain of frames through the segments.
-struct Replay<'a> {
-    dir: &'a Path,
-    segments: BTreeMap<SegmentNo, Segment>,
+pub(super) struct Replay {
+    dir: PathBuf,
+    pub(super) segments: BTreeMap<SegmentNo, Segment>,
     header: Option<SegmentHeader>,
     /// Whether the first segment starts where the log starts.
     from_start: bool,
-    position: Position,
+    pub(super) position: Position,
     next_block: u32,
     /// Why there was no frame at `next_block`.
     stopped: Option<Defect>,
     content: Option<Content>,
-    runs: Runs,
+    pub(super) runs: Runs,
     recovery: Recovery,
+    /// Replaying began behind damage, and nothing has told yet where the log ended there: see `salvage`.
+    pub(super) end_unknown: Option<EndUnknown>,
 }
 
-impl<'a> Replay<'a> {
-    fn new(dir: &'a Path) -> Self {
+/// Where the log ended is not known; it does not matter if that was not after this index.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct EndUnknown {
+    pub(super) covered: LogIndex,
+}
+
+impl Replay {
+    pub(super) fn new(dir: &Path) -> Self {
         Self {
-            dir,
+            dir: dir.to_owned(),
             segments: BTreeMap::new(),
             header: None,
             from_start: false,
@@ -363,12 +364,57 @@ impl<'a> Replay<'a> {
             content: None,
             runs: Runs::default(),
             recovery: Recovery::default(),
+            end_unknown: None,
         }
     }
 
-    fn missing(&self, expected: SegmentNo) -> Damage {
+    /// Replays segments that follow each other.
+    pub(super) fn segments(
+        &mut self,
+        survey: &mut Survey,
+        oldest: SegmentNo,
+        newest: SegmentNo,
+    ) -> Result<(), OpenError> {
+        for number in oldest.get()..=newest.get() {
+            let number = SegmentNo::new(number);
+            let Some((slot, header)) = survey.segments.remove(&number) else {
+                return Err(self.missing(number).into());
+            };
+            self.enter(slot, &header)?;
+            self.frames(&header, number == newest)?;
+        }
+        Ok(())
+    }
+
+    /// Begins in the middle of a segment, with a frame whose place there has been checked.
+    pub(super) fn begin_at(&mut self, slot: Slot, header: &SegmentHeader, frame: &FrameHeader) {
+        // As what it stands in for, if it is a repetition: so its records count.
+        let (seq, chain) = frame.start();
+        self.position = Position { seq, chain, state: HardState::default() };
+        self.header = Some(*header);
+        self.next_block = frame.block;
+        let segment =
+            Segment { number: header.segment, generation: header.generation, slot: Arc::new(slot) };
+        self.segments.insert(header.segment, segment);
+    }
+
+    /// Slots that hold nothing live must not hold what comes after the log's end.
+    pub(super) fn check_others(&self, survey: &Survey) -> Result<(), OpenError> {
+        for (slot, defect) in &survey.blanks {
+            self.check_blank(slot, defect)?;
+        }
+        for slot in &survey.spares {
+            self.check_free(slot, None)?;
+        }
+        for (slot, header) in survey.segments.values() {
+            self.check_free(slot, Some(header.generation))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn missing(&self, expected: SegmentNo) -> Damage {
         Damage {
-            path: self.dir.to_owned(),
+            path: self.dir.clone(),
             segment: Some(expected),
             offset: 0,
             last_good: self.position.state.last,
@@ -377,7 +423,7 @@ impl<'a> Replay<'a> {
     }
 
     /// Goes on to a segment, whose header must continue the frames before it.
-    fn enter(&mut self, slot: Slot, header: &SegmentHeader) -> Result<(), OpenError> {
+    pub(super) fn enter(&mut self, slot: Slot, header: &SegmentHeader) -> Result<(), OpenError> {
         if let Some(before) = self.header {
             let follows = self.position.is_start_of(header)
                 || self.content.as_ref().is_some_and(|content| content.before.is_start_of(header));
@@ -387,6 +433,11 @@ impl<'a> Replay<'a> {
                     expected: self.position.seq,
                 });
                 return Err(self.damage_in(before.segment, defect).into());
+            }
+            if self.end_unknown.take().is_some() {
+                // Here it is written down.
+                self.position.state = header.state;
+                self.runs = Runs::default();
             }
         } else {
             self.from_start = header.state.last.is_none();
@@ -417,32 +468,53 @@ impl<'a> Replay<'a> {
     }
 
     /// Replays the frames of the segment just entered, up to the first that does not follow.
-    fn frames(&mut self, header: &SegmentHeader, newest: bool) -> Result<(), OpenError> {
+    pub(super) fn frames(&mut self, header: &SegmentHeader, newest: bool) -> Result<(), OpenError> {
         let Some(segment) = self.segments.get(&header.segment).cloned() else {
             unreachable!("replaying segment {} before entering it", header.segment);
         };
         let (mut buffer, mut raw) = (Vec::new(), Vec::new());
         self.stopped = None;
-        while self.next_block < segment.slot.copy_block() {
-            match self.next_frame(&segment, &mut buffer, &mut raw) {
-                Ok(frame) => self.take(&segment, &frame, &raw)?,
-                Err(ReadError::Io(error)) => {
-                    return Err(OpenError::io("read", &segment.slot.path)(error));
-                }
-                Err(ReadError::Defect(defect)) => {
-                    if let Some(frame) = self.stand_in(&segment, &defect, &mut raw)? {
-                        self.take(&segment, &frame, &raw)?;
-                        continue;
-                    }
-                    if newest {
-                        self.note_cut(&segment, &defect, &buffer);
-                    }
-                    self.stopped = Some(defect);
-                    return Ok(());
-                }
-            }
-        }
+        while self.frame(&segment, newest, &mut buffer, &mut raw)? {}
         Ok(())
+    }
+
+    /// Replays the next frame of a segment; whether there was one.
+    pub(super) fn frame(
+        &mut self,
+        segment: &Segment,
+        newest: bool,
+        buffer: &mut Vec<u8>,
+        raw: &mut Vec<u8>,
+    ) -> Result<bool, OpenError> {
+        if segment.slot.copy_block() <= self.next_block {
+            return Ok(false);
+        }
+        let defect = match self.next_frame(segment, buffer, raw) {
+            Ok(frame) => {
+                self.take(segment, &frame, raw)?;
+                return Ok(true);
+            }
+            Err(error) => error.into_defect(),
+        };
+        if let Some(frame) = self.stand_in(segment, &defect, raw)? {
+            self.take(segment, &frame, raw)?;
+            return Ok(true);
+        }
+        // A write that was torn can be read; what cannot be may have been promised.
+        if newest && matches!(defect, Defect::Unreadable { .. }) {
+            return Err(self.damage_in(segment.number, defect).into());
+        }
+        if newest {
+            self.note_cut(segment, &defect, buffer);
+        }
+        self.stopped = Some(defect);
+        Ok(false)
+    }
+
+    /// The segment that was entered last, and how much of it has been replayed.
+    pub(super) fn entered(&self) -> Option<(&Segment, u64)> {
+        let segment = self.segments.get(&self.header?.segment)?;
+        Some((segment, segment::offset_of(self.next_block)))
     }
 
     fn next_frame(
@@ -451,11 +523,13 @@ impl<'a> Replay<'a> {
         buffer: &mut Vec<u8>,
         raw: &mut Vec<u8>,
     ) -> Result<FrameHeader, ReadError> {
-        let frame = segment.slot.frame_header(self.next_block, buffer)?;
-        frame.check_place(segment.generation, segment.number, self.next_block)?;
-        frame.check_order(self.position.seq, self.position.chain)?;
-        segment.slot.payload(&frame, buffer, raw)?;
-        Ok(frame)
+        segment::twice(&segment.slot.path, |source| {
+            let frame = segment.slot.frame_header(source, self.next_block, buffer)?;
+            frame.check_place(segment.generation, segment.number, self.next_block)?;
+            frame.check_order(self.position.seq, self.position.chain)?;
+            segment.slot.payload(source, &frame, buffer, raw)?;
+            Ok(frame)
+        })
     }
 
     /// A later frame that repeats what the bad one held. Any other later frame proves damage.
@@ -465,7 +539,6 @@ impl<'a> Replay<'a> {
         defect: &Defect,
         raw: &mut Vec<u8>,
     ) -> Result<Option<FrameHeader>, OpenError> {
-        let io = |error| OpenError::io("read", &segment.slot.path)(error);
         let mut from = self.next_block;
         let mut buffer = Vec::new();
         loop {
@@ -473,7 +546,8 @@ impl<'a> Replay<'a> {
                 self.position.seq < frame.seq
                     && frame.check_place(segment.generation, segment.number, block).is_ok()
             });
-            let Some(frame) = later.map_err(io)? else {
+            // Of what cannot be read nothing is known, as of a frame that was torn.
+            let Some(frame) = later.unwrap_or_default() else {
                 return Ok(None);
             };
             if is_planted(Mutant::DamageTakenForTear) {
@@ -482,19 +556,18 @@ impl<'a> Replay<'a> {
             if !self.can_stand_in(&frame) {
                 return Err(self.damage_in(segment.number, defect.clone()).into());
             }
-            segment.slot.frame_header(frame.block, &mut buffer).map_err(|error| match error {
-                ReadError::Io(error) => io(error),
-                ReadError::Defect(defect) => self.damage_in(segment.number, defect).into(),
-            })?;
-            match segment.slot.payload(&frame, &mut buffer, raw) {
+            let read = segment::twice(&segment.slot.path, |source| {
+                segment.slot.frame_header(source, frame.block, &mut buffer)?;
+                segment.slot.payload(source, &frame, &mut buffer, raw)
+            });
+            match read {
                 Ok(()) => {
                     self.recovery.stood_in += frame.seq - self.position.seq;
                     self.next_block = frame.block;
                     return Ok(Some(frame));
                 }
-                Err(ReadError::Io(error)) => return Err(io(error)),
                 // A repetition that was torn itself: there may be another.
-                Err(ReadError::Defect(_)) => from = frame.block + 1,
+                Err(_) => from = frame.block + 1,
             }
         }
     }
@@ -556,14 +629,38 @@ impl<'a> Replay<'a> {
         for record in records(raw, frame.records) {
             let record: RecordRef<'_> =
                 record.map_err(|defect| self.damage_in(segment.number, defect))?;
+            if self.end_unknown.is_some() {
+                self.apply_behind_damage(&mut state, &record);
+            }
             state.apply(&record).map_err(|Gap { found, last }| {
                 self.damage_in(segment.number, Defect::Gap { found, last })
             })?;
+            if self.end_unknown.is_some() {
+                state.last = None;
+            }
             Effect::note(&mut effects, &record);
         }
         self.runs.apply(&effects, at, &state);
         self.position.state = state;
         Ok(())
+    }
+
+    /// What a record tells of the log's end, where that is not known.
+    fn apply_behind_damage(&mut self, state: &mut HardState, record: &RecordRef<'_>) {
+        let Some(EndUnknown { covered }) = self.end_unknown else { return };
+        match record {
+            // The first entry may have any index.
+            RecordRef::Entry { .. } => state.last = None,
+            // Nobody truncates beyond the end.
+            RecordRef::TruncateAfter(Some(keep)) if keep.index <= covered => {
+                state.last = Some(*keep);
+            }
+            RecordRef::TruncateAfter(_)
+            | RecordRef::Vote(_)
+            | RecordRef::Committed(_)
+            | RecordRef::Purge(_) => return,
+        }
+        self.end_unknown = None;
     }
 
     /// Remembers a torn write, if the bytes show that there was one. Zeros and an earlier life's frames do not.
@@ -586,7 +683,7 @@ impl<'a> Replay<'a> {
     }
 
     /// Every entry that is not purged must stand in a segment that was replayed.
-    fn check_complete(&self) -> Result<(), OpenError> {
+    pub(super) fn check_complete(&self) -> Result<(), OpenError> {
         let state = &self.position.state;
         if !state.has_entries() {
             return Ok(());
@@ -609,18 +706,18 @@ impl<'a> Replay<'a> {
     fn check_blank(&self, slot: &Slot, defect: &Defect) -> Result<(), OpenError> {
         let lost =
             slot.search(1, |frame, block| frame.block == block && self.position.seq < frame.seq);
-        match lost.map_err(OpenError::io("read", &slot.path))? {
-            Some(frame) => {
-                let state = &self.position.state;
-                Err(damage(slot, Some(frame.segment), 0, state, defect.clone()).into())
-            }
-            None => Ok(()),
-        }
+        let segment = match lost {
+            Ok(Some(frame)) => Some(frame.segment),
+            Ok(None) => return Ok(()),
+            // A slot of which nothing can be read may hold anything.
+            Err(_) => None,
+        };
+        Err(damage(slot, segment, 0, &self.position.state, defect.clone()).into())
     }
 
     /// A slot that is free by its header must not hold what comes after the log's end.
     fn check_free(&self, slot: &Slot, generation: Option<u64>) -> Result<(), OpenError> {
-        match later_life(slot, generation, self.position.seq)? {
+        match later_life(slot, generation, self.position.seq) {
             Some(frame) => Err(old_header(slot, &frame, &self.position.state).into()),
             None => Ok(()),
         }
@@ -669,6 +766,7 @@ pub(super) async fn open(
     }
     // A slot that an earlier process made may have a name that only the kernel remembers.
     disk.sync_dir(dir).map_err(OpenError::io("sync", dir))?;
+    start_over::remove_incoming(disk, dir)?;
     let mut found = replay(disk, dir, Open::Write, Some(identity))?;
     let mut frame = FrameBuffer::new();
     let (mut appender, repeats) = match found.tail.take() {

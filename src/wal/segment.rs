@@ -3,6 +3,9 @@
 //! # Shape
 //!
 //! Reads only. The bytes are judged by `format`; what a missing or bad frame means is decided by `recovery`.
+//!
+//! What cannot be read, or is read and found wrong, is read once more from the card itself ([`twice`]): the page cache
+//! may be all that is wrong. Only then it is a defect.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,7 +13,9 @@ use std::sync::Arc;
 
 use super::format::{BLOCK, Defect, FrameHeader, SlotHeader};
 use super::log::FrameAt;
+use crate::announce;
 use crate::env::{Disk, DiskFile, Open};
+use crate::events::{EventId, fields};
 use crate::types::SegmentNo;
 
 const PREFIX: &str = "slot-";
@@ -38,6 +43,16 @@ pub(super) enum ReadError {
     Defect(Defect),
 }
 
+impl ReadError {
+    /// What cannot be read is as good as wrong.
+    pub(super) fn into_defect(self) -> Defect {
+        match self {
+            Self::Io(error) => Defect::Unreadable { code: error.raw_os_error().unwrap_or(0) },
+            Self::Defect(defect) => defect,
+        }
+    }
+}
+
 impl From<io::Error> for ReadError {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
@@ -48,6 +63,42 @@ impl From<Defect> for ReadError {
     fn from(defect: Defect) -> Self {
         Self::Defect(defect)
     }
+}
+
+/// Where bytes are read from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// The page cache, where it has them.
+    Cache,
+    /// The card.
+    Card,
+}
+
+/// Reads, and judges what was read; if it is found wrong, once more from the card.
+pub(super) fn twice<T>(
+    path: &Path,
+    mut read: impl FnMut(Source) -> Result<T, ReadError>,
+) -> Result<T, ReadError> {
+    let first = match read(Source::Cache) {
+        Ok(found) => return Ok(found),
+        Err(ReadError::Io(error)) => error.to_string(),
+        Err(ReadError::Defect(defect)) => defect.to_string(),
+    };
+    let again = read(Source::Card);
+    if again.is_ok() {
+        healed(path, &first);
+    }
+    again
+}
+
+fn healed(path: &Path, reason: &str) {
+    announce!(
+        EventId::ReadHealed,
+        { fields::PATH } = %path.display(),
+        { fields::REASON } = reason,
+        "{} was read wrong ({reason}), and right when read again from the card",
+        path.display()
+    );
 }
 
 /// The file name of a slot.
@@ -85,8 +136,17 @@ impl Slot {
             return Err(Defect::Short { found: 0, expected: BLOCK }.into());
         }
         let mut bytes = vec![0; BLOCK];
-        self.file.read_at(&mut bytes, offset_of(block))?;
-        Ok(SlotHeader::decode(&bytes)?)
+        twice(&self.path, |source| {
+            self.read_at(source, &mut bytes, block)?;
+            Ok(SlotHeader::decode(&bytes)?)
+        })
+    }
+
+    fn read_at(&self, source: Source, buffer: &mut [u8], block: u32) -> io::Result<()> {
+        match source {
+            Source::Cache => self.file.read_at(buffer, offset_of(block)),
+            Source::Card => self.file.read_uncached_at(buffer, offset_of(block)),
+        }
     }
 
     /// The block that is kept free for a copy of the header; frames end before it.
@@ -97,17 +157,19 @@ impl Slot {
     /// The frame header at a block, whatever frame it is.
     pub(super) fn frame_header(
         &self,
+        source: Source,
         block: u32,
         buffer: &mut Vec<u8>,
     ) -> Result<FrameHeader, ReadError> {
         buffer.resize(BLOCK, 0);
-        self.file.read_at(buffer, offset_of(block))?;
+        self.read_at(source, buffer, block)?;
         Ok(FrameHeader::decode(buffer)?)
     }
 
     /// Reads the rest of a frame whose header has been read into `buffer`; its raw payload replaces `raw`.
     pub(super) fn payload(
         &self,
+        source: Source,
         header: &FrameHeader,
         buffer: &mut Vec<u8>,
         raw: &mut Vec<u8>,
@@ -122,24 +184,30 @@ impl Slot {
         }
         buffer.resize(blocks as usize * BLOCK, 0);
         if 1 < blocks {
-            self.file.read_at(&mut buffer[BLOCK..], offset_of(block + 1))?;
+            self.read_at(source, &mut buffer[BLOCK..], block + 1)?;
         }
         raw.clear();
         Ok(header.payload(buffer, raw)?)
     }
 
-    /// The first frame header at or after `from` that `wanted` accepts.
+    /// The first frame header at or after `from` that `wanted` accepts. Blocks that cannot be read hold none; an error
+    /// only if not one can be.
     pub(super) fn search(
         &self,
         from: u32,
-        wanted: impl Fn(&FrameHeader, u32) -> bool,
+        mut wanted: impl FnMut(&FrameHeader, u32) -> bool,
     ) -> io::Result<Option<FrameHeader>> {
         let mut window = Vec::new();
         let mut block = from;
+        let mut unreadable = None;
+        let mut any = false;
         while block < self.blocks {
             let blocks = SEARCH_BLOCKS.min(self.blocks - block);
             window.resize(blocks as usize * BLOCK, 0);
-            self.file.read_at(&mut window, offset_of(block))?;
+            match self.read_what_can_be(&mut window, block) {
+                Ok(()) => any = true,
+                Err(error) => unreadable = Some(error),
+            }
             for (bytes, at) in window.chunks_exact(BLOCK).zip(block..) {
                 if let Ok(header) = FrameHeader::decode(bytes)
                     && wanted(&header, at)
@@ -149,7 +217,41 @@ impl Slot {
             }
             block += blocks;
         }
-        Ok(None)
+        match unreadable {
+            Some(error) if !any => Err(error),
+            Some(_) | None => Ok(None),
+        }
+    }
+
+    /// Calls back with every frame header that can be read, of whatever life of the slot.
+    pub(super) fn each_frame_header(&self, mut note: impl FnMut(&FrameHeader)) {
+        let searched = self.search(0, |frame, _| {
+            note(frame);
+            false
+        });
+        // A slot of which nothing can be read has none.
+        drop(searched);
+    }
+
+    /// Fills the window; what cannot be read is zeros. An error only if that is all of it.
+    fn read_what_can_be(&self, window: &mut [u8], first: u32) -> io::Result<()> {
+        if self.read_at(Source::Cache, window, first).is_ok() {
+            return Ok(());
+        }
+        let mut result = Err(io::ErrorKind::UnexpectedEof.into());
+        for (block, bytes) in (first..).zip(window.chunks_exact_mut(BLOCK)) {
+            let read = self
+                .read_at(Source::Cache, bytes, block)
+                .or_else(|_| self.read_at(Source::Card, bytes, block));
+            match read {
+                Ok(()) => result = Ok(()),
+                Err(error) => {
+                    bytes.fill(0);
+                    result = result.map_err(|_| error);
+                }
+            }
+        }
+        result
     }
 }
 
@@ -170,12 +272,14 @@ impl Segment {
     /// The raw payload of a frame, with one read.
     pub(super) fn read(&self, at: FrameAt, raw: &mut Vec<u8>) -> Result<FrameHeader, ReadError> {
         let mut buffer = vec![0; at.blocks as usize * BLOCK];
-        self.slot.file.read_at(&mut buffer, offset_of(at.block))?;
-        let header = FrameHeader::decode(&buffer)?;
-        header.check_place(self.generation, self.number, at.block)?;
-        raw.clear();
-        header.payload(&buffer, raw)?;
-        Ok(header)
+        twice(&self.slot.path, |source| {
+            self.slot.read_at(source, &mut buffer, at.block)?;
+            let header = FrameHeader::decode(&buffer)?;
+            header.check_place(self.generation, self.number, at.block)?;
+            raw.clear();
+            header.payload(&buffer, raw)?;
+            Ok(header)
+        })
     }
 }
 

@@ -21,7 +21,7 @@ use super::handle::{Batch, Next, Shared};
 use super::log::FrameAt;
 use super::prepare::Filler;
 use super::segment::{self, Segment, Slot};
-use super::{Failed, HardState, Identity};
+use super::{Failed, HardState, Identity, Record};
 use crate::mutants::{Mutant, is_planted};
 use crate::types::SegmentNo;
 
@@ -259,6 +259,8 @@ impl Core {
     async fn close(&mut self) -> Result<(), Failed> {
         let mut frame = FrameBuffer::new();
         frame.set(Flags::CLOSE);
+        // Changes nothing, and tells where the log ended should the frames before it be damaged.
+        frame.push(&Record::TruncateAfter(self.appender.state().last));
         let state = self.appender.state();
         // At the very end of a segment it is left out rather than waiting for a slot to be filled.
         if self.appender.fits(frame.blocks()) || self.shared.has_spare() {

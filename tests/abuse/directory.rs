@@ -143,6 +143,11 @@ fn read(endpoint: &Endpoint) {
     }
 }
 
+fn write_and_read(endpoint: &Endpoint) {
+    write(endpoint);
+    read(endpoint);
+}
+
 const KEYS: [&str; 3] = ["first", "second", "third"];
 
 /// A directory on which a server has served, kept three writes and was stopped.
@@ -448,7 +453,6 @@ fn what_can_be_made_again_is() {
 fn damaged_log_is_named() {
     let slot = |db: &Path| db.join("wal/slot-00.wal");
     refused_when(|db| garble(&slot(db), 0, 4_096), &["slot-00.wal is damaged at byte 0"]);
-    refused_when(|db| garble(&slot(db), 4_096, 4_096), &["slot-00.wal is damaged at byte 4096"]);
     refused_when(|db| truncate(&slot(db), 10_000), &["slot-00.wal is damaged", "expected 8388608"]);
     refused_when(|db| fs::remove_file(slot(db)).unwrap(), &["do not belong together", "the log"]);
     refused_when(
@@ -467,6 +471,28 @@ fn damaged_log_is_named() {
         |db| copy_all(&other.path().join("db/wal/slot-00.wal"), &slot(db)),
         &["slot-00.wal belongs to node", "expected node"],
     );
+}
+
+/// The state has what the damaged frame held, and nobody else votes.
+#[test]
+fn damage_that_the_state_covers_is_mended_and_said() {
+    for frame in [1, 2, 4] {
+        let dir = used();
+        let db = dir.path().join("db");
+        garble(&db.join("wal/slot-00.wal"), frame * 4_096, 4_096);
+        let ended = Start { serving: &read, ..Start::on(&db) }.run();
+        assert_eq!(ended.status, None, "{}", ended.printed);
+        let said = format!("slot-00.wal is damaged at byte {}", frame * 4_096);
+        for words in [&said, "the log begins anew after it", "nothing was lost"] {
+            assert!(ended.printed.contains(words), "expected {words:?} in:\n{}", ended.printed);
+        }
+        // It is a log like any other now, and takes writes.
+        let again = Start { serving: &write_and_read, ..Start::on(&db) }.run();
+        assert_eq!(again.status, None, "{}", again.printed);
+        assert!(!again.printed.contains("damaged"), "{}", again.printed);
+        let again = Start { serving: &read, ..Start::on(&db) }.run();
+        assert_eq!(again.status, None, "{}", again.printed);
+    }
 }
 
 /// A card may give a block back as it was before. An old header hides a segment.
@@ -517,4 +543,51 @@ fn damaged_certificates_are_named() {
         },
         &["tls/server.crt names the wrong owner"],
     );
+}
+
+/// A write that was acknowledged after the last checkpoint is in the log only.
+#[test]
+fn damage_that_hides_a_write_is_repaired_only_with_consent() {
+    let dir = used();
+    let (db, crashed) = (dir.path().join("db"), dir.path().join("crashed"));
+    // What a power cut leaves: the log has the write, the state's last checkpoint does not.
+    let write_and_copy = |endpoint: &Endpoint| {
+        let put = pb::PutRequest { key: Bytes::from_static(b"last"), ..Default::default() };
+        call(endpoint, "/etcdserverpb.KV/Put", &put);
+        call(endpoint, "/etcdserverpb.KV/Put", &put);
+        copy_all(&db, &crashed);
+    };
+    let ended = Start { serving: &write_and_copy, ..Start::on(&db) }.run();
+    assert_eq!(ended.status, None, "{}", ended.printed);
+    let slot = crashed.join("wal/slot-00.wal");
+    let content = fs::read(&slot).unwrap();
+    let used = content.chunks(4_096).take_while(|block| block.iter().any(|b| *b != 0)).count();
+    garble(&slot, (used - 2) * 4_096, 4_096);
+
+    refused(
+        &Start::on(&crashed),
+        FAILED,
+        &["slot-00.wal is damaged at byte", "is not in the state"],
+    );
+    let repair = |flags: &[&str]| {
+        let output = ours::program().args(["wal", "repair"]).args(flags).arg(&crashed).output();
+        let output = output.unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let before = contents(&crashed.join("wal"));
+    let (status, out, err) = repair(&[]);
+    assert_eq!(status, Some(1), "{out}{err}");
+    assert!(out.contains("damage: ") && out.contains("\nlost: entr"), "{out}");
+    assert!(err.contains("nothing was changed") && err.contains("--accept-data-loss"), "{err}");
+    assert!(contents(&crashed.join("wal")) == before, "it said that nothing was changed");
+
+    let (status, out, err) = repair(&["--accept-data-loss"]);
+    assert_eq!(status, Some(0), "{out}{err}");
+    let aside = crashed.join("wal.damaged-1/slot-00.wal");
+    assert!(out.contains("done; the damaged log is in") && aside.exists(), "{out}");
+    let (status, out, _) = repair(&[]);
+    assert_eq!((status, out.as_str()), (Some(0), "the log is whole; nothing was changed\n"));
+    let again = Start { serving: &write_and_read, ..Start::on(&crashed) }.run();
+    assert_eq!(again.status, None, "{}", again.printed);
 }

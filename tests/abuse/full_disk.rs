@@ -191,6 +191,7 @@ async fn a_card_that_is_nearly_full_takes_no_writes_until_there_is_room() {
 
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}: {}", server.printed());
     assert_eq!(refused.message(), "etcdserver: mvcc: database space exceeded");
+    all_are_refused_at_once(&channel).await;
     for key in &kept {
         assert!(has(&channel, *key).await, "{key} was acknowledged and is gone");
     }
@@ -224,8 +225,11 @@ async fn a_card_without_a_single_free_block_loses_nothing() {
     let mut kept = twenty_keys(&channel).await;
 
     let filler = fill(&card, 0);
-    // Whatever the answer is: what was not acknowledged is not looked for.
-    drop(keep_putting(&channel, &mut kept).await);
+    // It used to be "request timed out": puts were admitted until the alarm had been through the log, and the log was
+    // full of puts.
+    let refused = keep_putting(&channel, &mut kept).await;
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}: {}", server.printed());
+    all_are_refused_at_once(&channel).await;
     let deadline = Instant::now() + PATIENCE;
     while !server.printed().contains("stopping: ") && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -241,6 +245,16 @@ async fn a_card_without_a_single_free_block_loses_nothing() {
     }
     fs::remove_file(filler).unwrap();
     has_all(&card, &kept).await;
+}
+
+/// Many large puts together, none of which waits for the card.
+async fn all_are_refused_at_once(channel: &Channel) {
+    const AT_ONCE: Duration = Duration::from_secs(3);
+    let puts = (0..32).map(|key| tokio::time::timeout(AT_ONCE, put(channel, 1_000 + key)));
+    for refused in futures_util::future::join_all(puts).await {
+        let refused = refused.expect("a put waits for a full card").unwrap_err();
+        assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    }
 }
 
 /// Puts until one is refused; how.

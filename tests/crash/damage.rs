@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use k3s_server::testkit::FaultDisk;
 use k3s_server::types::{ClusterId, LogIndex, NodeId, SegmentNo};
 use k3s_server::wal::format::Defect;
-use k3s_server::wal::{Identity, OpenError, Wal, inspect};
+use k3s_server::wal::{Identity, OpenError, Record, Wal, inspect};
 
 use crate::model::{Model, entry};
 use crate::power::script;
@@ -168,6 +168,72 @@ fn log_of_another_node_or_cluster_is_refused() {
     }
 }
 
+/// The card holds what was written; only the page cache does not.
+#[test]
+fn bad_page_in_the_cache_is_read_again_from_the_card() {
+    let (disk, model) = closed(script().len());
+    let mut flips = 0;
+    block_on(async {
+        for path in slots(&disk) {
+            let content = disk.content(&path).unwrap();
+            for offset in used(&content).into_iter().filter(|offset| offset % 4096 < 200) {
+                let damaged = disk.fork();
+                damaged.flip_cached(&path, offset, 5);
+                let what = format!("byte {offset} of {}", path.display());
+                assert!(!check(&damaged, &model, &what).await, "{what} was not read again");
+                flips += 1;
+            }
+        }
+    });
+    assert!(1_000 < flips, "only {flips}");
+}
+
+#[test]
+fn bad_page_under_a_running_log_is_read_again_from_the_card() {
+    block_on(async {
+        let disk = disk();
+        let mut run = Run::open(&disk, 1).await.unwrap();
+        for index in 1..30 {
+            run.append(vec![entry(1, index, vec![b'x'; 500])]);
+            assert!(run.flush().await);
+        }
+        for block in 2..8 {
+            disk.flip_cached(&Path::new(DIR).join("slot-00.wal"), block * 4096 + 200, 4);
+        }
+        assert_eq!(read(&run.wal), *run.model());
+        run.crash().await;
+    });
+}
+
+/// Every block in turn, alone and with the one after it.
+#[test]
+fn block_that_cannot_be_read_is_noticed_or_harmless() {
+    let (disk, model) = closed(script().len());
+    let mut noticed = 0;
+    block_on(async {
+        for path in slots(&disk) {
+            let blocks = disk.content(&path).unwrap().len() as u64 / 4096;
+            for block in 0..blocks {
+                for end in [block + 1, block + 2] {
+                    let damaged = disk.fork();
+                    damaged.break_blocks(&path, block..end);
+                    let what = format!("blocks {block}..{end} of {}", path.display());
+                    noticed += usize::from(check(&damaged, &model, &what).await);
+                }
+            }
+        }
+    });
+    assert!(20 < noticed, "only {noticed} were noticed");
+    // A slot that is not there at all could hold anything.
+    for path in slots(&disk) {
+        let damaged = disk.fork();
+        damaged.break_blocks(&path, 0..u64::MAX);
+        let error = block_on(Run::open(&damaged, 2)).err().unwrap().to_string();
+        let named = ["cannot be read: Input/output error", "is missing"];
+        assert!(named.iter().any(|words| error.contains(words)), "{error}");
+    }
+}
+
 #[test]
 fn rot_under_a_running_log_is_an_error_not_an_entry() {
     block_on(async {
@@ -209,5 +275,82 @@ fn inspection_shows_what_the_log_holds_and_changes_nothing() {
         assert_eq!(disk.operations(k3s_server::testkit::disk::changes), writes);
         run.close().await;
         assert!(inspect::verify(&disk, Path::new(DIR)).unwrap().clean);
+    });
+}
+
+/// All that a scrub finds, and how much it read.
+fn scrub(wal: &Wal) -> (u64, Vec<String>) {
+    let (mut bytes, mut found) = (0, Vec::new());
+    let mut scrub = wal.scrub();
+    loop {
+        match scrub.step(10_000) {
+            Ok(Some(read)) => bytes += read,
+            Ok(None) => return (bytes, found),
+            Err(error) => found.push(error.to_string()),
+        }
+    }
+}
+
+async fn filled(disk: &FaultDisk, seed: u64, to: u64) -> Run {
+    let mut run = Run::open(disk, seed).await.unwrap();
+    for index in run.model().next_index()..=to {
+        run.append(vec![entry(1, index, vec![b'x'; 500])]);
+        assert!(run.flush().await);
+    }
+    run
+}
+
+/// Nobody has read these entries since they were written.
+#[test]
+fn scrub_finds_rot_in_a_closed_segment_of_a_running_log_and_names_it() {
+    block_on(async {
+        let disk = disk();
+        filled(&disk, 1, 20).await.crash().await;
+        // A start in the middle, so that there are repeated frames; and a torn one.
+        disk.restart();
+        let run = filled(&disk, 2, 50).await;
+        let (bytes, found) = scrub(&run.wal);
+        assert!(2 * 60_000 < bytes && found.is_empty(), "{bytes} bytes, {found:?}");
+
+        disk.flip_cached(&Path::new(DIR).join("slot-00.wal"), 5 * 4096 + 200, 1);
+        assert_eq!(scrub(&run.wal).1, Vec::<String>::new(), "the card is what is asked about");
+        for (slot, block, what) in [(0, 5, "payload checksum"), (1, 14, "payload checksum")] {
+            let path = Path::new(DIR).join(format!("slot-{slot:02}.wal"));
+            disk.flip(&path, block * 4096 + 200, 1);
+            let (_, found) = scrub(&run.wal);
+            assert_eq!(found.len(), 1, "{found:?}");
+            let place = format!("slot-{slot:02}.wal is damaged at byte {}: {what}", block * 4096);
+            assert!(found[0].contains(&place), "{found:?}");
+            disk.flip(&path, block * 4096 + 200, 1);
+        }
+        // The closed segment's header, its last frame, and a block that cannot be read.
+        disk.flip(&Path::new(DIR).join("slot-00.wal"), 30, 1);
+        assert_eq!(scrub(&run.wal).1.len(), 1);
+        disk.flip(&Path::new(DIR).join("slot-00.wal"), 30, 1);
+        disk.break_blocks(&Path::new(DIR).join("slot-01.wal"), 14..15);
+        let (_, found) = scrub(&run.wal);
+        assert!(found.len() == 1 && found[0].contains("Input/output error"), "{found:?}");
+        run.crash().await;
+    });
+}
+
+#[test]
+fn segment_that_is_recycled_during_a_scrub_is_no_damage() {
+    block_on(async {
+        let disk = disk();
+        let mut run = filled(&disk, 1, 50).await;
+        let mut scrub = run.wal.scrub();
+        assert_eq!(scrub.step(10_000).unwrap(), Some(12_288));
+        run.append(vec![Record::Purge(crate::model::id(1, 45))]);
+        assert!(run.flush().await);
+        for index in 51..=110 {
+            run.append(vec![
+                entry(1, index, vec![b'x'; 500]),
+                Record::Purge(crate::model::id(1, index - 1)),
+            ]);
+            assert!(run.flush().await);
+        }
+        while scrub.step(10_000).unwrap().is_some() {}
+        run.crash().await;
     });
 }

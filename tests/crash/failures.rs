@@ -122,6 +122,7 @@ fn full_card_stops_filling_ahead_but_not_the_log() {
         disk.set_capacity(1);
         run.follow(&script()[3..20]).await;
         assert!(run.wal.failed().is_none(), "overwriting needs no space");
+        assert!(run.wal.is_starved(), "nobody was told that the card is full");
 
         // Without purging, the slots run out; then the log stops and says why.
         for index in run.model().next_index().. {

@@ -12,3 +12,4 @@ mod histories;
 mod model;
 mod power;
 mod run;
+mod start_over;

@@ -12,7 +12,9 @@ use std::time::{Duration, UNIX_EPOCH};
 use expect_test::expect;
 use k3s_server::admin::check::{Compared, NotAsked, Verdict};
 use k3s_server::admin::{self, Action};
-use k3s_server::cli::{self, Exit, Failure, Format, Programs, WalArguments, World, arguments};
+use k3s_server::cli::{
+    self, Exit, Failure, Format, Programs, RepairArguments, WalArguments, World, arguments,
+};
 use k3s_server::client::Connection;
 use k3s_server::config::keys::KEYS;
 use k3s_server::config::{Config, Host, Loaded, Paths};
@@ -64,6 +66,11 @@ impl Programs for Recorder {
     fn wal_dump(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure> {
         self.inspected.borrow_mut().push(arguments.clone());
         Ok(writeln!(out, "{{}}")?)
+    }
+
+    fn wal_repair(&self, arguments: &RepairArguments, out: &mut dyn Write) -> Result<(), Failure> {
+        let RepairArguments { directory, accept_data_loss } = arguments;
+        Ok(writeln!(out, "repair {} {accept_data_loss}", directory.display())?)
     }
 }
 
@@ -130,6 +137,7 @@ fn help_texts_are_as_printed() {
         (&["member", "--help"], "help-member.txt"),
         (&["member", "remove", "--help"], "help-member-remove.txt"),
         (&["token", "--help"], "help-token.txt"),
+        (&["wal", "repair", "--help"], "help-wal-repair.txt"),
     ] {
         let outcome = place.run(line);
         assert_eq!((outcome.exit, outcome.err.as_str()), (Exit::Done, ""), "{line:?}");
@@ -477,6 +485,15 @@ fn wal_commands_get_directory_and_format() {
         inspected[1],
         WalArguments { directory: Path::new("/y").to_owned(), format: Format::Json }
     );
+}
+
+#[test]
+fn wal_repair_gives_up_nothing_unless_told_so() {
+    let place = Place::new("not: read\n");
+    assert_eq!(place.run(&["wal", "repair", "/x"]).out, "repair /x false\n");
+    let accepted = place.run(&["wal", "repair", "--accept-data-loss", "/x"]);
+    assert_eq!(accepted.out, "repair /x true\n");
+    assert_eq!(place.run(&["wal", "repair", "--accept-data-loss"]).exit, Exit::Usage);
 }
 
 #[test]

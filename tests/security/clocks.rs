@@ -222,7 +222,8 @@ async fn three_servers_whose_certificates_have_ended_start_and_serve() {
     let mut servers = Servers::three("");
     servers.all.iter_mut().for_each(Server::stop);
     let before: Vec<_> = servers.all.iter().map(|server| server.printed().len()).collect();
-    let now = OffsetDateTime::from_unix_timestamp(certificate_time(SystemTime::now())).unwrap();
+    let now =
+        OffsetDateTime::from_unix_timestamp(certificate_time(host::env().clock.wall())).unwrap();
     let (yesterday, soon) = (now - time::Duration::days(1), now + time::Duration::days(30));
     for (server, until) in servers.all.iter().zip([yesterday, yesterday, soon]) {
         replace_certificates(server, until);
@@ -233,7 +234,7 @@ async fn three_servers_whose_certificates_have_ended_start_and_serve() {
 
     for (server, before) in servers.all.iter().zip(before) {
         let log = &server.printed()[before..];
-        let words = ["it had expired", "it would have expired in 29 days"];
+        let words = ["it had expired", "it would have expired in "];
         let count: usize = words.iter().map(|words| log.matches(words).count()).sum();
         assert_eq!(count, 3, "{log}");
         serves(server.channel().await, "again").await.unwrap();

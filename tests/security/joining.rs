@@ -17,7 +17,7 @@ use tonic::Code;
 
 use crate::client;
 use crate::middle::{Middle, Ruse, Visit};
-use crate::secrets::Hunted;
+use crate::secrets::Secrets;
 use crate::servers::{CONFIGURATION, LONG, Server, Servers, serves};
 use crate::support::certificates::uri;
 
@@ -38,15 +38,12 @@ fn password(server: &Server) -> String {
 }
 
 /// The secrets that a join is about.
-fn hunted(server: &Server) -> Vec<Hunted> {
-    let password = password(server);
-    let mut hunted = vec![
-        Hunted::new("the password", password.as_bytes()),
-        Hunted::new("the password", format!("server:{password}").as_bytes()),
-    ];
-    let pem = fs::read_to_string(server.tls_dir().join("ca.key")).unwrap();
-    hunted.extend(Hunted::key("the authority's key", &pem));
-    hunted
+fn secrets(server: &Server) -> Secrets {
+    let mut secrets = Secrets::new();
+    secrets.add("the password", password(server).as_bytes());
+    let key = fs::read_to_string(server.tls_dir().join("ca.key")).unwrap();
+    secrets.add_key("the authority's key", &key);
+    secrets
 }
 
 /// What a joiner that was refused leaves behind: no file of the cluster.
@@ -64,7 +61,7 @@ fn count(text: &str, what: &str) -> usize {
 async fn is_refused(servers: &mut Servers, ruse: Ruse, token: &str, words: &str) -> String {
     let first = &servers.all[0];
     let (door, cluster, before) = (first.door(2380), cluster(first), first.printed());
-    let hunted = hunted(first);
+    let secrets = secrets(first);
     let at = servers.free_addresses()[0];
     let middle = Middle::start(ruse, at, door, cluster).await;
     let joiner = servers.add();
@@ -78,10 +75,8 @@ async fn is_refused(servers: &mut Servers, ruse: Ruse, token: &str, words: &str)
     assert!(printed.contains(words), "{ruse:?}: {printed}");
     assert!(printed.contains("fix: "), "{ruse:?}: {printed}");
     assert!(!captured.is_empty(), "{ruse:?}: nothing went through the middle");
-    for secret in &hunted {
-        secret.is_not_in(&format!("what {ruse:?} captured"), &captured);
-        secret.is_not_in(&format!("what the joiner printed ({ruse:?})"), printed.as_bytes());
-    }
+    secrets.are_not_in(&format!("what {ruse:?} captured"), &captured);
+    secrets.are_not_in(&format!("what the joiner printed ({ruse:?})"), printed.as_bytes());
     has_nothing(&joiner);
     fs::remove_dir_all(joiner.db_dir()).ok();
     let log = servers.all[0].printed()[before.len()..].to_owned();
@@ -118,7 +113,7 @@ async fn a_man_in_the_middle_of_a_join_learns_nothing_and_gets_nothing() {
 async fn a_wiretap_on_a_join_that_succeeds_hears_no_secret() {
     let mut servers = Servers::one();
     let first = &servers.all[0];
-    let (hunted, token_file) = (hunted(first), first.token_file());
+    let (secrets, token_file) = (secrets(first), first.token_file());
     let at = servers.free_addresses()[0];
     let middle = Middle::start(Ruse::Wiretap, at, first.door(2380), cluster(first)).await;
     let joiner = servers.add();
@@ -131,11 +126,9 @@ async fn a_wiretap_on_a_join_that_succeeds_hears_no_secret() {
     let captured = middle.captured();
     println!("{} bytes went over the wire", captured.len());
     assert!(2_000 < captured.len(), "the join did not go through the wiretap");
-    for secret in &hunted {
-        secret.is_not_in("the wire", &captured);
-        for server in &servers.all {
-            secret.is_not_in("the log", server.printed().as_bytes());
-        }
+    secrets.are_not_in("the wire", &captured);
+    for server in &servers.all {
+        secrets.are_not_in("the log", server.printed().as_bytes());
     }
     servers.stop();
 }
@@ -253,9 +246,7 @@ async fn guesses_are_few_whoever_guesses() {
     assert_eq!(credentials.authority_key_pem, key);
 
     let printed = server.printed();
-    for secret in hunted(server) {
-        secret.is_not_in("the log", printed.as_bytes());
-    }
+    secrets(server).are_not_in("the log", printed.as_bytes());
     assert_eq!(count(&printed, GIVEN), 1);
     servers.stop();
 }

@@ -30,6 +30,9 @@ use crate::wire::{END_STREAM, SETTINGS, call, frame, message};
 const CLIENTS: u16 = 2379;
 const PEERS: u16 = 2380;
 
+/// Longest wait for an answer that may never come.
+const PATIENCE: Duration = Duration::from_secs(3);
+
 const PEER_SERVICE: &str = "/node.Peers/";
 const JOIN_SERVICE: &str = "/node.Join/";
 
@@ -166,8 +169,12 @@ fn roots(ca: &Path) -> rustls::RootCertStore {
 /// Whether a service answered, be it with a refusal: `false` says that there is no such RPC behind this door.
 async fn is_there(channel: &Channel, path: &str) -> bool {
     // Some wait for more, or for something to happen: these are there.
-    match timeout(Duration::from_millis(400), client::call(channel, path, Bytes::new())).await {
-        Ok(Err(status)) => !is_unknown(&status),
+    match timeout(PATIENCE, client::call(channel, path, Bytes::new())).await {
+        Ok(Err(status)) => {
+            let source = std::error::Error::source(&status);
+            assert!(source.is_none(), "{path}: the connection failed: {status:?}");
+            !is_unknown(&status)
+        }
         Ok(Ok(_)) | Err(_) => true,
     }
 }

@@ -16,9 +16,16 @@ fn every_flipped_bit_of_a_data_block_is_found_when_the_block_is_read() {
         let number = (bit / 8 / 4096) as u32;
         let error = backend.read(u64::from(number) * 4096, &mut block).unwrap_err();
         assert_eq!(DamagedBlock::inside(&error).unwrap().block, number);
+        if bit % 4099 == 0 {
+            let found = backend.scrub(0, u32::MAX).unwrap();
+            let [Failure::Damaged(damage)] = &found.damaged[..] else { panic!("{found:?}") };
+            assert_eq!(damage.block, number);
+        }
         disk.flip(Path::new(PATH), bit);
     }
-    assert_eq!(backend.scrub(0, u32::MAX).unwrap(), None);
+    let found = backend.scrub(0, u32::MAX).unwrap();
+    assert_eq!((found.damaged.len(), found.next), (0, None));
+    assert_eq!(found.checked as usize, bytes / 4096);
     assert!(matches!(*backend.failure().borrow(), Some(Failure::Damaged(_))));
 }
 
@@ -73,7 +80,7 @@ fn destroyed_header_is_restored_even_if_the_power_fails_again() {
 fn header_of_which_only_the_beginning_arrived_is_restored() {
     let master = CardDisk::default();
     let contents = small_database(&master);
-    for kept in [9, 12, 64, 319, 320, 330] {
+    for kept in [9, 12, 64, 319, 320] {
         for rest in [0x00, 0x5a, 0xff] {
             let disk = master.copy();
             disk.edit(Path::new(PATH), |bytes| bytes[kept..512].fill(rest));

@@ -61,6 +61,7 @@ struct Card {
     /// From this operation on, once or for good, the kernel answers with this.
     fail: Option<(u64, io::ErrorKind, bool)>,
     failed: bool,
+    failed_to_read: bool,
     /// Barriers do not return.
     stalled: bool,
     waiting: Vec<Waker>,
@@ -129,6 +130,12 @@ impl CardDisk {
         let mut card = self.0.lock().unwrap();
         card.fail = Some((card.operations + operations, kind, for_good));
         card.failed = false;
+        card.failed_to_read = false;
+    }
+
+    /// Whether the planned failure met a read.
+    pub fn has_failed_to_read(&self) -> bool {
+        self.0.lock().unwrap().failed_to_read
     }
 
     /// Whether the planned failure happened; plans no other.
@@ -306,7 +313,9 @@ impl DiskFile for CardFile {
         let event = self.card.lock().unwrap().before_read.take();
         event.into_iter().for_each(|event| event());
         let mut card = self.card.lock().unwrap();
-        card.operation()?;
+        let allowed = card.operation();
+        card.failed_to_read |= allowed.is_err();
+        allowed?;
         let at = offset as usize;
         let bytes = card.contents[self.content].cached.get(at..at + buffer.len());
         buffer.copy_from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);

@@ -175,6 +175,11 @@ impl Reports {
         self.starved.subscribe()
     }
 
+    /// Whether they wait now.
+    pub fn is_starved(&self) -> bool {
+        *self.starved.borrow()
+    }
+
     pub(super) fn fail(&self, failure: &Failure) {
         self.failure.send_if_modified(|first| {
             let news = first.is_none();

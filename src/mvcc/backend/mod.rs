@@ -91,7 +91,9 @@ use std::time::Duration;
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Notify, watch};
 
+use crate::announce;
 use crate::env::{DiskFile, Env};
+use crate::events::EventId;
 use crate::limits;
 
 pub use drain::Drain;
@@ -184,6 +186,17 @@ pub struct OpenReport {
     pub torn_blocks: u32,
     /// Whether the header block was put back from its copy.
     pub header_restored: bool,
+}
+
+/// What a piece of a scrub found.
+#[derive(Clone, Debug, Default)]
+pub struct Scrubbed {
+    /// Blocks looked at.
+    pub checked: u32,
+    /// Those that cannot be read, or hold something else than was written.
+    pub damaged: Vec<Failure>,
+    /// The block to go on with; `None` at the end of the file.
+    pub next: Option<u32>,
 }
 
 /// Counters since the start, and what is held now.
@@ -414,16 +427,30 @@ impl Backend {
         Stats { held_bytes: state.overlay.held_bytes(), ..state.stats }
     }
 
-    /// Reads and checks up to `count` blocks from block `from` on: the weekly patrol against rot in blocks
-    /// nobody reads. Returns the block to go on with, `None` at the end of the file.
-    pub fn scrub(&self, from: u32, count: u32) -> io::Result<Option<u32>> {
+    /// Reads and checks up to `count` blocks from block `from` on, on the card itself: the weekly patrol against rot in
+    /// blocks nobody reads. What it finds is told to the caller only; whoever needs the block will meet it.
+    pub fn scrub(&self, from: u32, count: u32) -> io::Result<Scrubbed> {
+        let mut scrubbed = Scrubbed::default();
         let end = self.shared.lock().overlay.len().min(from.saturating_add(count));
-        let mut block = vec![0; BLOCK_BYTES];
-        for number in from..end {
-            self.read_checked(overlay::offset_of(number), &mut block)?;
+        let mut next = from;
+        let mut blocks = vec![0; BLOCK_BYTES * end.saturating_sub(from) as usize];
+        while next < end {
+            let out = &mut blocks[..BLOCK_BYTES * (end - next) as usize];
+            match self.read_from(From::Card, next, out) {
+                Ok(Ok(())) => next = end,
+                Ok(Err(miss)) => {
+                    next = miss.block + 1;
+                    scrubbed.damaged.push(miss.failure());
+                }
+                // The file was cut meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
+                Err(error) => return Err(error),
+            }
         }
+        scrubbed.checked = end.saturating_sub(from);
         let more = end < self.shared.lock().overlay.len() && from < end;
-        Ok(more.then_some(end))
+        scrubbed.next = more.then_some(end);
+        Ok(scrubbed)
     }
 
     fn read_checked(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
@@ -441,10 +468,20 @@ impl Backend {
     }
 
     fn read_blocks(&self, first: u32, out: &mut [u8]) -> io::Result<()> {
+        let read = self.read_from(From::Cache, first, out)?;
+        read.map_err(|miss| {
+            let failure = miss.failure();
+            self.shared.report(&failure);
+            failure.to_io()
+        })
+    }
+
+    /// The inner result is of what is on the card.
+    fn read_from(&self, from: From, first: u32, out: &mut [u8]) -> io::Result<Result<(), Miss>> {
         loop {
             let plan = self.plan_read(first, out.len() / BLOCK_BYTES)?;
-            let Err(miss) = fill(&*self.shared.file, first, &plan, out) else {
-                return Ok(());
+            let Err(miss) = fill(&*self.shared.file, from, first, &plan, out) else {
+                return Ok(Ok(()));
             };
             // The block may have been written, drained and forgotten while we read: then the plan was stale,
             // not the block damaged.
@@ -452,7 +489,7 @@ impl Backend {
             if source != Source::File(miss.expected) {
                 continue;
             }
-            return Err(self.read_failed(miss));
+            return Ok(Err(miss));
         }
     }
 
@@ -469,20 +506,6 @@ impl Backend {
         let from_file = plan.iter().filter(|source| matches!(source, Source::File(_))).count();
         state.stats.blocks_read += from_file as u64;
         Ok(plan)
-    }
-
-    fn read_failed(&self, miss: Miss) -> io::Error {
-        let failure = match miss.cause {
-            Cause::Io(error) => Failure::io(Operation::Read, error),
-            Cause::Checksum(found) => Failure::Damaged(DamagedBlock {
-                block: miss.block,
-                offset: overlay::offset_of(miss.block),
-                found,
-                expected: miss.expected,
-            }),
-        };
-        self.shared.report(&failure);
-        failure.to_io()
     }
 
     fn write_held(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -626,8 +649,54 @@ enum Cause {
     Checksum(u32),
 }
 
+impl Miss {
+    fn failure(self) -> Failure {
+        match self.cause {
+            Cause::Io(error) => Failure::io(Operation::Read, error),
+            Cause::Checksum(found) => Failure::Damaged(DamagedBlock {
+                block: self.block,
+                offset: overlay::offset_of(self.block),
+                found,
+                expected: self.expected,
+            }),
+        }
+    }
+}
+
+/// Where blocks that are not held are read from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum From {
+    /// The page cache, where it has them; what is wrong there, once more from the card.
+    Cache,
+    /// The card, because it is what is asked about.
+    Card,
+}
+
+impl From {
+    fn read(self, file: &dyn DiskFile, block: u32, bytes: &mut [u8]) -> io::Result<()> {
+        match self {
+            Self::Cache => file.read_at(bytes, overlay::offset_of(block)),
+            Self::Card => file.read_uncached_at(bytes, overlay::offset_of(block)),
+        }
+    }
+
+    /// The second attempt, if there is one.
+    fn read_again(self, file: &dyn DiskFile, block: u32, bytes: &mut [u8]) -> io::Result<()> {
+        match self {
+            Self::Cache => Self::Card.read(file, block, bytes),
+            Self::Card => Err(io::ErrorKind::Other.into()),
+        }
+    }
+}
+
 /// Fills `out` as planned, one read per run of blocks that come from the file.
-fn fill(file: &dyn DiskFile, first: u32, plan: &[Source], out: &mut [u8]) -> Result<(), Miss> {
+fn fill(
+    file: &dyn DiskFile,
+    from: From,
+    first: u32,
+    plan: &[Source],
+    out: &mut [u8],
+) -> Result<(), Miss> {
     let mut at = 0;
     let number = |index: usize| first + u32::try_from(index).unwrap_or(u32::MAX);
     while at < plan.len() {
@@ -647,15 +716,30 @@ fn fill(file: &dyn DiskFile, first: u32, plan: &[Source], out: &mut [u8]) -> Res
         let run = plan[at..].iter().take_while(|source| matches!(source, Source::File(_))).count();
         let bytes = &mut out[at * BLOCK_BYTES..(at + run) * BLOCK_BYTES];
         let block = number(at);
-        if let Err(error) = file.read_at(bytes, overlay::offset_of(block)) {
-            return Err(Miss { block, expected, cause: Cause::Io(error) });
+        if from.read(file, block, bytes).is_err() {
+            // One by one, to name the one that is at fault.
+            for (index, bytes) in (at..).zip(bytes.chunks_exact_mut(BLOCK_BYTES)) {
+                let block = number(index);
+                let read = from.read(file, block, bytes);
+                let read = read.or_else(|first| from.read_again(file, block, bytes).or(Err(first)));
+                read.map_err(|error| Miss { block, expected, cause: Cause::Io(error) })?;
+            }
         }
-        for (index, bytes) in (at..).zip(bytes.chunks_exact(BLOCK_BYTES)) {
+        for (index, bytes) in (at..).zip(bytes.chunks_exact_mut(BLOCK_BYTES)) {
             let Source::File(expected) = plan[index] else { continue };
             let found = crc32c::crc32c(bytes);
-            if found != expected {
-                return Err(Miss { block: number(index), expected, cause: Cause::Checksum(found) });
+            if found == expected {
+                continue;
             }
+            let block = number(index);
+            let again = from.read_again(file, block, bytes);
+            if again.is_err() || crc32c::crc32c(bytes) != expected {
+                return Err(Miss { block, expected, cause: Cause::Checksum(found) });
+            }
+            announce!(
+                EventId::ReadHealed,
+                "block {block} of the state file was read wrong, and right when read again from the card"
+            );
         }
         at += run;
     }

@@ -184,8 +184,19 @@ fn read_table(env: &Env, path: &Path) -> io::Result<Found> {
         return Ok(Found::Damaged);
     };
     let mut bytes = vec![0; len];
-    file.read_at(&mut bytes, 0)?;
-    Ok(Table::decode(&bytes).map_or(Found::Damaged, |table| Found::Table(Box::new(table))))
+    let read = file.read_at(&mut bytes, 0);
+    let mut table = read.ok().and_then(|()| Table::decode(&bytes).ok());
+    if table.is_none() {
+        // The page cache may be all that is wrong.
+        file.read_uncached_at(&mut bytes, 0)?;
+        table = Table::decode(&bytes).ok();
+    }
+    Ok(table.map_or(Found::Damaged, |table| Found::Table(Box::new(table))))
+}
+
+/// Reads, and once more from the card if that fails.
+fn read(file: &dyn DiskFile, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    file.read_at(bytes, offset).or_else(|_| file.read_uncached_at(bytes, offset))
 }
 
 fn recover(
@@ -200,7 +211,7 @@ fn recover(
         .ok_or(OpenError::NotBlocks(bytes))?;
     let mut header = vec![0; BLOCK_BYTES];
     if len != 0 {
-        file.read_at(&mut header, 0)?;
+        read(&**file, &mut header, 0)?;
     }
     let tag = Tag::read(&header);
     let is_redb = header.starts_with(&REDB_MAGIC);
@@ -228,8 +239,10 @@ fn recover(
 /// Whether a header without our tag is what a power cut left of the table's last epoch, and not another file's: a sector
 /// need not be written whole, and redb's magic may arrive without the rest. A block that no epoch was writing decides.
 fn has_torn_header(file: &dyn DiskFile, len: u32, table: &Table) -> io::Result<bool> {
-    let header_changed =
-        table.last.as_ref().is_some_and(|last| last.changes.first().is_some_and(|(at, _)| *at == 0));
+    let header_changed = table
+        .last
+        .as_ref()
+        .is_some_and(|last| last.changes.first().is_some_and(|(at, _)| *at == 0));
     let Some(estimate) = Estimate::new(table, len).ok().filter(|_| header_changed) else {
         return Ok(false);
     };
@@ -335,7 +348,7 @@ impl<'a> Estimate<'a> {
     fn adopt(&mut self, file: &dyn DiskFile) -> io::Result<()> {
         let mut block = vec![0; BLOCK_BYTES];
         for number in self.doubtful().into_iter().filter(|number| *number != 0) {
-            file.read_at(&mut block, offset_of(number))?;
+            read(file, &mut block, offset_of(number))?;
             let crc = crc32c::crc32c(&block);
             self.torn_blocks += u32::from(!self.is_whole(number, crc));
             self.actual[number as usize] = crc;
@@ -442,7 +455,7 @@ fn checksums(file: &dyn DiskFile, len: u32) -> io::Result<Vec<u32>> {
     while next < len {
         let count = (len - next).min(32);
         let bytes = &mut blocks[..count as usize * BLOCK_BYTES];
-        file.read_at(bytes, offset_of(next))?;
+        read(file, bytes, offset_of(next))?;
         crcs.extend(bytes.chunks_exact(BLOCK_BYTES).map(crc32c::crc32c));
         next += count;
     }

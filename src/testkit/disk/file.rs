@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::world::{InodeId, World};
+use super::world::{Inode, InodeId, World};
 use super::{Failure, Operation};
 use crate::env::{BoxFuture, DiskFile};
 
@@ -37,11 +37,20 @@ impl FaultFile {
     }
 }
 
-impl DiskFile for FaultFile {
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+impl FaultFile {
+    fn read(
+        &self,
+        operation: Operation,
+        content: impl FnOnce(&Inode) -> Arc<Vec<u8>>,
+        buffer: &mut [u8],
+        offset: u64,
+    ) -> io::Result<()> {
         let mut world = self.lock()?;
-        world.begin(Operation::Read)?;
-        let content = world.inode(self.inode).map(|inode| Arc::clone(&inode.current));
+        world.begin(operation)?;
+        if world.is_broken(&self.path, offset, buffer.len()) {
+            return Err(World::error(Failure::Eio));
+        }
+        let content = world.inode(self.inode).map(content);
         let from = usize::try_from(offset).map_err(io::Error::other)?;
         match content.as_ref().and_then(|content| content.get(from..)?.get(..buffer.len())) {
             Some(bytes) => {
@@ -50,6 +59,16 @@ impl DiskFile for FaultFile {
             }
             None => Err(io::ErrorKind::UnexpectedEof.into()),
         }
+    }
+}
+
+impl DiskFile for FaultFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read(Operation::Read, |inode| Arc::clone(&inode.current), buffer, offset)
+    }
+
+    fn read_uncached_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read(Operation::ReadUncached, Inode::uncached, buffer, offset)
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {

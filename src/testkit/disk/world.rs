@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,6 +12,9 @@ use crate::testkit::Random;
 
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
+
+/// What [`World::broken`] counts in.
+const BLOCK: u64 = 4096;
 
 pub(super) type InodeId = u64;
 
@@ -63,6 +67,8 @@ pub(super) struct World {
     pub(super) sync_delay: Option<SyncDelay>,
     /// 0 is no limit.
     pub(super) capacity: u64,
+    /// Blocks that cannot be read.
+    pub(super) broken: Vec<(PathBuf, Range<u64>)>,
     fault: Option<(Fault, u64)>,
     failed: bool,
     operations: BTreeMap<Operation, u64>,
@@ -87,6 +93,21 @@ impl Inode {
     /// The kernel has given up on everything up to a change, and shows it all the same.
     pub(super) fn forget(&mut self, upto: u64) {
         self.pending.retain(|pending| upto < pending.id);
+    }
+
+    /// What a read past the page cache finds: the kernel writes back first what it has not given up on.
+    pub(super) fn uncached(&self) -> Arc<Vec<u8>> {
+        let mut content = Arc::clone(&self.durable);
+        for pending in &self.pending {
+            Self::apply(&mut content, &pending.change);
+        }
+        content
+    }
+
+    /// Changes bytes in the page cache behind everybody's back.
+    pub(super) fn change_cached(&mut self, offset: u64, change: impl Fn(&mut [u8])) {
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        change(&mut Arc::make_mut(&mut self.current)[offset..]);
     }
 
     /// Changes bytes behind everybody's back.
@@ -212,6 +233,7 @@ impl World {
             inodes: self.inodes.clone(),
             next_id: self.next_id,
             capacity: self.capacity,
+            broken: self.broken.clone(),
             ..Self::default()
         }
     }
@@ -384,6 +406,14 @@ impl World {
             .sum()
     }
 
+    /// Whether a block in this range of a file cannot be read.
+    pub(super) fn is_broken(&self, path: &Path, offset: u64, len: usize) -> bool {
+        let blocks = offset / BLOCK..(offset + len as u64).div_ceil(BLOCK);
+        self.broken.iter().any(|(broken, range)| {
+            broken == path && range.start < blocks.end && blocks.start < range.end
+        })
+    }
+
     pub(super) fn write(
         &mut self,
         id: InodeId,
@@ -391,6 +421,16 @@ impl World {
         bytes: &[u8],
         offset: u64,
     ) -> io::Result<()> {
+        // A card gives a sector that is written anew another place.
+        let written = offset / BLOCK..(offset + bytes.len() as u64).div_ceil(BLOCK);
+        for (path, range) in
+            self.broken.extract_if(.., |(broken, _)| broken == path).collect::<Vec<_>>()
+        {
+            let before = range.start..range.end.min(written.start);
+            let after = range.start.max(written.end)..range.end;
+            let left = [before, after].into_iter().filter(|range| !range.is_empty());
+            self.broken.extend(left.map(|range| (path.clone(), range)));
+        }
         let offset = usize::try_from(offset).map_err(io::Error::other)?;
         let change = Change::Write { offset, bytes: bytes.to_vec() };
         let grew = self.change_content(id, offset + bytes.len(), change)?;
