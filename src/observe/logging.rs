@@ -27,8 +27,10 @@ use super::forward::Flush;
 use super::journal;
 use crate::events::fields;
 
-/// Ours from INFO up; of the libraries only what is wrong.
-const FILTER: &str = "warn,k3s_server=info";
+/// Ours from INFO up; of the libraries only what is wrong. openraft warns of every heartbeat that a dead node does not answer, several
+/// times a second for as long as it is dead, and calls it an error that nobody waits for an answer any more. Whatever counts is said
+/// by us: who leads, who cannot be reached, why Raft stopped.
+const FILTER: &str = "warn,openraft=error,openraft::raft=off,k3s_server=info";
 /// The same with `--debug`.
 const FILTER_DEBUG: &str = "info,k3s_server=debug,openraft=debug";
 
