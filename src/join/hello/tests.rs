@@ -460,3 +460,27 @@ fn book_keeps_the_highest() {
     book.forget(node);
     assert_eq!(book.known(node), super::book::Known::default());
 }
+
+#[tokio::test]
+async fn member_that_moved_is_found_through_one_that_has_heard_from_it() {
+    let wires = Arc::new(Wires::default());
+    let (a, b, c) = (Card::new(1).await, Card::new(2).await, Card::new(3).await);
+    c.answer(&wires, &url(3), 30);
+    // Both have moved and say hello to the third one from where they are now.
+    for (card, moved) in [(&a, "https://10.9.9.1:2380"), (&b, "https://10.9.9.2:2380")] {
+        card.answer(&wires, moved, card.id * 10);
+        card.hello(&wires, moved, 5, card.id * 10).run().await;
+    }
+    let finder = super::Finder {
+        cluster: CLUSTER,
+        node: NodeId::new(1),
+        incarnation: 10,
+        transport: a.transport(&wires),
+    };
+
+    let seen = finder.ask(&member(3, url(3))).await;
+
+    let found = seen.iter().find(|one| one.id == NodeId::new(2)).expect("heard of");
+    assert_eq!(found.peer_urls, ["https://10.9.9.2:2380"]);
+    assert!(finder.ask(&member(3, "https://10.9.9.3:2380".to_owned())).await.is_empty());
+}
