@@ -202,3 +202,25 @@ fn two_of_three_down_write_nothing_and_come_back() {
     let reply = runtime.block_on(client.get("before", Some(options))).unwrap();
     assert_eq!(reply.count(), 1);
 }
+
+/// A card must not be worn out by lines that say the same.
+#[test]
+fn dead_member_costs_the_journal_a_few_lines_and_no_more() {
+    let mut cluster = Cluster::of(3, "");
+    let dead = cluster.followers()[0];
+    cluster.machines[dead].kill();
+    let leader = cluster.leader();
+    cluster.machines[leader].says("cannot be reached");
+    cluster.serves("two");
+    let lines = |cluster: &Cluster| -> usize {
+        let running = cluster.machines.iter().filter(|machine| machine.runs());
+        running.map(|machine| machine.printed().lines().count()).sum()
+    };
+    let before = lines(&cluster);
+    let waited = Duration::from_secs(6);
+    // What is measured is what happens in this time.
+    thread::sleep(waited);
+    let said = lines(&cluster) - before;
+    println!("{said} lines in {waited:?}");
+    assert!(said < 5, "{}", cluster.machines[leader].printed());
+}

@@ -23,6 +23,10 @@ fn etcdctl_member_commands_do_what_etcd_does() {
             && said.contains("can only promote a learner member which is in sync with leader"),
         "{said}"
     );
+    let (status, said) = machine.command(&["member", "promote", &id]);
+    assert!(status != 0 && said.contains("is a learner; it does not answer"), "{said}");
+    let (status, said) = machine.command(&["member", "promote", "pi-1"]);
+    assert!(status != 0 && said.contains("pi-1"), "{said}");
     let moved = format!("https://{}:2380", cluster.street().address(98));
     machine.ctl(&["member", "update", &id, &format!("--peer-urls={moved}")]);
     let list = members(machine);
