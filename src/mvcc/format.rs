@@ -14,6 +14,7 @@
 //! | `meta` | `format` | version u32 |
 //! | `meta` | `membership` | opaque |
 //! | `meta` | `alarm` member u64, kind i32 | nothing |
+//! | `meta` | `mark` row modulo 4096 u64 | row u64, base revision i64, known u64, made u64: see `marks` |
 
 use crate::types::{ClusterId, LogId, LogIndex, NodeId, Term};
 
