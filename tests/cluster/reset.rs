@@ -19,6 +19,7 @@ fn one_of_three_goes_on_alone_and_the_others_are_told() {
         machine.kill();
     }
     let survivor = &mut cluster.machines[at];
+    survivor.configure("");
     survivor.start_with(&["--cluster-reset"]);
     let (status, said) = survivor.ended();
     assert_eq!(status, 0, "{said}");
