@@ -228,8 +228,10 @@ fn recover(
 /// Whether a header without our tag is what a power cut left of the table's last epoch, and not another file's: a sector
 /// need not be written whole, and redb's magic may arrive without the rest. A block that no epoch was writing decides.
 fn has_torn_header(file: &dyn DiskFile, len: u32, table: &Table) -> io::Result<bool> {
-    let header_changed =
-        table.last.as_ref().is_some_and(|last| last.changes.first().is_some_and(|(at, _)| *at == 0));
+    let header_changed = table
+        .last
+        .as_ref()
+        .is_some_and(|last| last.changes.first().is_some_and(|(at, _)| *at == 0));
     let Some(estimate) = Estimate::new(table, len).ok().filter(|_| header_changed) else {
         return Ok(false);
     };
