@@ -174,11 +174,6 @@ impl Machine {
         Some(Live { node: life.node.clone()?, down: life.down.subscribe() })
     }
 
-    /// Whether a process runs, started or starting.
-    pub(crate) fn is_up(&self) -> bool {
-        lock(&self.state).life.is_some()
-    }
-
     /// A fault is injected: until [`Machine::trust`] is called as often, lives may end by themselves or not begin.
     pub(crate) fn excuse(&self) {
         lock(&self.state).excused += 1;
