@@ -22,12 +22,17 @@ use tonic::transport::{Channel, Endpoint};
 use crate::config::Config;
 use crate::env::host;
 use crate::pki::{CertificateClock, ClientFilesError, Paths, call_with_files};
+use crate::proto::node::admin_client::AdminClient;
+use crate::proto::node::{FlagsReply, FlagsRequest};
 
 /// A server that is there answers much sooner, also on a slow board.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Longest wait for an answer: a server's own limit is 5 s and two elections.
 const CALL_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Longest wait for the first of several servers: one that leads, or knows who does, answers much sooner.
+const ANY_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Where servers answer, and what to show them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,6 +118,24 @@ impl Connection {
             }
         }
         Err(ConnectionError::Unreachable(tried))
+    }
+
+    /// The critical flags as a majority has them, from the first of these servers that knows. They may be other members than
+    /// the endpoints.
+    pub async fn ask_any_flags(&self, servers: &[String]) -> Option<FlagsReply> {
+        let asked = async {
+            for server in servers {
+                let Ok(channel) = self.to(std::slice::from_ref(server)).open().await else {
+                    continue;
+                };
+                let request = FlagsRequest { local: false };
+                if let Ok(reply) = AdminClient::new(channel).flags(request).await {
+                    return Some(reply.into_inner());
+                }
+            }
+            None
+        };
+        tokio::time::timeout(ANY_TIMEOUT, asked).await.ok().flatten()
     }
 
     fn connector(&self, endpoint: &str) -> Result<Connector, ConnectionError> {

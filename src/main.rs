@@ -10,7 +10,7 @@ use k3s_server::cli::{self, Failure, Format, Programs, RepairArguments, WalArgum
 use k3s_server::client::Connection;
 use k3s_server::config::{Config, Loaded};
 use k3s_server::env::host;
-use k3s_server::join::Identity;
+use k3s_server::join::{Identity, flags};
 use k3s_server::server;
 
 /// What the command line hands over to the rest of the program.
@@ -29,7 +29,10 @@ impl Programs for Assembly {
             Ok(_) => server::recorded_flags(&config.db_dir).map_err(NotAsked::for_now),
         };
         let cluster = || ask_cluster(config, Arc::new(server::Network));
-        let sources = Sources { on_disk, disk: &disk, cluster: &cluster, named: server_named };
+        let seen = flags::seen(&host::env(), &config.db_dir).ok().flatten().unwrap_or_default();
+        let others = seen.client_urls;
+        let sources =
+            Sources { on_disk, others, disk: &disk, cluster: &cluster, named: server_named };
         admin::check::check(config, &sources)
     }
 

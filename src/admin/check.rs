@@ -1,7 +1,8 @@
 //! `check`: whether a server with this configuration would be let in, before anything is restarted.
 //!
 //! Compared with the first of these that there is: a cluster named on the command line, the running server of this host, the
-//! datastore on its disk, the cluster that the configuration wants to join.
+//! datastore on its disk (and, if that differs, another member: the disk may be behind), the cluster that the configuration
+//! wants to join.
 //!
 //! # Not here
 //!
@@ -120,6 +121,8 @@ pub type Source<'a> = &'a dyn Fn() -> Record;
 pub struct Sources<'a> {
     /// `node.json` of this host.
     pub on_disk: Option<Identity>,
+    /// Where other members answered clients when this server saw them last.
+    pub others: Vec<String>,
     /// Reads the record from a datastore on which nobody runs, without writing to it. `None`: it holds none.
     pub disk: Source<'a>,
     /// Proves the token to the server that `server` names, and gets the record. `None`: that cluster has none yet.
@@ -145,10 +148,7 @@ fn compare(config: &Config, sources: &Sources<'_>, can_join: bool) -> Compared {
     if sources.on_disk.is_some() {
         return match running(config) {
             Some((source, record)) => outcome(&own, source, record),
-            None => {
-                let source = format!("the datastore in {}", config.db_dir.display());
-                outcome(&own, source, (sources.disk)())
-            }
+            None => on_disk(config, &own, sources),
         };
     }
     match (server.is_empty(), can_join) {
@@ -157,6 +157,23 @@ fn compare(config: &Config, sources: &Sources<'_>, can_join: bool) -> Compared {
         (true, _) => Compared::Nothing(
             "there is no datastore yet: a first start records these flags as the cluster's",
         ),
+    }
+}
+
+/// The disk may be behind: what differs from it may be what the cluster has now.
+fn on_disk(config: &Config, own: &CriticalFlags, sources: &Sources<'_>) -> Compared {
+    let source = format!("the datastore in {}", config.db_dir.display());
+    let local = outcome(own, source, (sources.disk)());
+    if !matches!(&local, Compared::With { result: Err(_), .. }) || sources.others.is_empty() {
+        return local;
+    }
+    let connection = Connection::of(config);
+    match client::block_on(connection.ask_any_flags(&sources.others)) {
+        Ok(Some(reply)) => {
+            let source = format!("another server of the cluster ({})", reply.name);
+            outcome(own, source, Ok(Some(reply.record)))
+        }
+        Ok(None) | Err(_) => local,
     }
 }
 
@@ -265,7 +282,8 @@ mod tests {
     ) -> Verdict {
         let disk = || Ok(Some(record(local)));
         let cluster = || Ok(Some(record(remote)));
-        let sources = Sources { on_disk, disk: &disk, cluster: &cluster, named };
+        let sources =
+            Sources { on_disk, others: Vec::new(), disk: &disk, cluster: &cluster, named };
         check(&config(text), &sources)
     }
 
@@ -312,7 +330,13 @@ mod tests {
     fn what_cannot_be_asked_is_neither_good_nor_the_configurations_fault() {
         let disk = || Err(NotAsked::for_now("permission denied"));
         let cluster = || panic!("nobody asked for that");
-        let sources = Sources { on_disk: DISK, disk: &disk, cluster: &cluster, named: false };
+        let sources = Sources {
+            on_disk: DISK,
+            others: Vec::new(),
+            disk: &disk,
+            cluster: &cluster,
+            named: false,
+        };
         let verdict = check(&config(""), &sources);
 
         assert!(!verdict.is_good() && !verdict.is_configuration());

@@ -163,7 +163,13 @@ impl Leadership for MemberNode {
                 });
                 (changes.collect(), Ok(Reply::LeaseCheckpoint))
             }
-            other => panic!("the clocks proposed {other:?}"),
+            Command::Put(_)
+            | Command::DeleteRange(_)
+            | Command::Txn(_)
+            | Command::Compact(_)
+            | Command::LeaseGrant(_)
+            | Command::Alarm(_)
+            | Command::Cluster(_) => panic!("not a matter of the clocks"),
         };
         drop(log);
         self.cluster.apply(&changes);

@@ -154,6 +154,12 @@ impl Peer {
         matches!(&self.lane(Use::Calls).state, State::Up(link) if !link.has_ended())
     }
 
+    /// Whether the last attempt to connect failed.
+    pub(super) fn is_lost(&self) -> bool {
+        let lane = self.lane(Use::Calls);
+        0 < lane.failures && !matches!(lane.state, State::Forgotten)
+    }
+
     /// Where the node may be has changed: what waits tries again now.
     pub(super) fn wake(&self) {
         self.news.notify_waiters();

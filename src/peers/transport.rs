@@ -118,6 +118,11 @@ impl Peers {
         drop(lock(&self.0.doors).remove(&node));
     }
 
+    /// Whether `node` was looked for and not found, and still is not.
+    pub fn is_lost(&self, node: NodeId) -> bool {
+        lock(&self.0.peers).get(&node).is_some_and(|peer| peer.is_lost())
+    }
+
     /// Whether there is a connection to `node` right now.
     pub fn is_connected(&self, node: NodeId) -> bool {
         lock(&self.0.peers).get(&node).is_some_and(|peer| peer.is_connected())

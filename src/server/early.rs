@@ -9,7 +9,6 @@
 //! copy would refuse it.
 
 use std::path::Path;
-use std::time::Duration;
 
 use super::wal_tools;
 use crate::client::Connection;
@@ -17,11 +16,6 @@ use crate::config::Config;
 use crate::critical::{CriticalFlags, FlagsError, gate};
 use crate::env::Env;
 use crate::join::flags::seen;
-use crate::proto::node::FlagsRequest;
-use crate::proto::node::admin_client::AdminClient;
-
-/// Another server that leads or knows who does answers much sooner.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// Refuses if the start is sure to be refused. Reads only.
 pub(super) async fn refuse_early(
@@ -34,8 +28,9 @@ pub(super) async fn refuse_early(
     if !differs(own, &cluster.flags) {
         return Ok(());
     }
-    let record = match ask(config, &cluster.client_urls).await {
-        Some(record) => Some(record),
+    let asked = Connection::of(config).ask_any_flags(&cluster.client_urls).await;
+    let record = match asked {
+        Some(reply) => Some(reply.record),
         None => on_disk(&config.db_dir).await,
     };
     let Some(record) = record.filter(|record| differs(own, record)) else { return Ok(()) };
@@ -44,22 +39,6 @@ pub(super) async fn refuse_early(
 
 fn differs(own: &CriticalFlags, record: &[u8]) -> bool {
     matches!(gate::against(own, record), Err(FlagsError::Differ(_)))
-}
-
-/// The record as a majority has it, from whichever server answers first.
-async fn ask(config: &Config, client_urls: &[String]) -> Option<bytes::Bytes> {
-    let asked = async {
-        for url in client_urls {
-            let connection = Connection::of(config).to(std::slice::from_ref(url));
-            let Ok(channel) = connection.open().await else { continue };
-            let reply = AdminClient::new(channel).flags(FlagsRequest { local: false }).await;
-            if let Ok(reply) = reply {
-                return Some(reply.into_inner().record);
-            }
-        }
-        None
-    };
-    tokio::time::timeout(ANSWER_TIMEOUT, asked).await.ok().flatten()
 }
 
 /// The record in the datastore itself, read from a copy.

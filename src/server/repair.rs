@@ -98,9 +98,12 @@ async fn repair_in(
     let Some(identity) = Identity::load(env, path)? else {
         return Err(RepairError::NoNode { path: path.to_owned() });
     };
-    let _lock = env.disk.lock(&path.join("lock")).map_err(|error| match error.kind() {
-        io::ErrorKind::WouldBlock => RepairError::InUse { path: path.to_owned() },
-        _ => RepairError::Io(error),
+    let _lock = env.disk.lock(&path.join("lock")).map_err(|error| {
+        if error.kind() == io::ErrorKind::WouldBlock {
+            RepairError::InUse { path: path.to_owned() }
+        } else {
+            RepairError::Io(error)
+        }
     })?;
     let report = inspect::verify(&*env.disk, &wal_dir(path))?;
     if report.damage.is_none() {

@@ -26,6 +26,7 @@ use crate::critical::FlagsError;
 use crate::env::{Env, host};
 use crate::etcd::{self, Api, Leases, ServeError, Settings};
 use crate::events::{EventId, fields};
+use crate::join::hello::Finder;
 use crate::join::reset::ResetRefused;
 use crate::join::token::{EstablishError, FoundingToken, ObtainError};
 use crate::join::{AdoptError, IdentityError, JoinError, Phase, PlanError, flags};
@@ -51,6 +52,10 @@ const ELECTION_MIN: Duration = Duration::from_millis(1_250);
 
 /// How long calls under way may take when the server stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long tasks of the life before may take to let go of its ports, in a process that starts over.
+const CLOSING_MAX: Duration = Duration::from_secs(10);
+const CLOSING_POLL: Duration = Duration::from_millis(50);
 
 /// Why the server did not run, or did not end well.
 #[derive(Debug, Error)]
@@ -280,20 +285,27 @@ async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
         env!("CARGO_PKG_VERSION"),
         config.db_dir.display()
     );
+    let mut closing_until = None;
     loop {
-        // A node that has to become another one begins anew, in the same process.
         let lived = live(config, &env, notifier, &shutdown).await;
-        if matches!(lived, Err(RunError::StartOver)) {
-            continue;
-        }
-        signals.abort();
-        return match lived {
+        match lived {
+            // A node that has to become another one begins anew, in the same process.
+            Err(RunError::StartOver) => closing_until = Some(env.clock.now() + CLOSING_MAX),
+            Err(RunError::Listen(ListenError::InUse { .. }))
+                if closing_until.is_some_and(|until| env.clock.now() < until) =>
+            {
+                env.clock.sleep(CLOSING_POLL).await;
+            }
             Err(RunError::HasReset(guidance)) => {
                 tracing::info!("{guidance}");
-                Ok(())
+                signals.abort();
+                return Ok(());
             }
-            lived => lived,
-        };
+            lived => {
+                signals.abort();
+                return lived;
+            }
+        }
     }
 }
 
@@ -375,6 +387,12 @@ async fn start(
     serving.spawn(settling.run(notifier, settled, stopping.clone()));
 
     let Live { node, hub, leases } = live;
+    let finder = Finder {
+        cluster: dir.identity.cluster,
+        node: dir.identity.node,
+        incarnation: peers.passport().incarnation,
+        transport: Arc::clone(&transport),
+    };
     serving.spawn(supervise::leave_when_removed(node.clone(), book, transport, stopping.clone()));
     let addresses = member.client_urls.join(", ");
     let mut background = vec![
@@ -391,6 +409,7 @@ async fn start(
             progress: scrubbing,
         })),
         tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
+        tokio::spawn(supervise::find_lost(node.clone(), peers.clone(), finder)),
         tokio::spawn(supervise::forget_removed(node.clone(), peers)),
         tokio::spawn(flags::follow(node.clone(), own_flags, path)),
     ];

@@ -15,11 +15,12 @@ use crate::announce;
 use crate::command::Command;
 use crate::etcd::Defragment;
 use crate::events::{EventId, fields};
-use crate::join::hello::HelloBook;
+use crate::join::hello::{Finder, HelloBook};
 use crate::limits;
 use crate::mvcc::Fault;
 use crate::mvcc::ballast::Space;
 use crate::peers::Peers;
+use crate::peers::address::Location;
 use crate::pki::{Issued, Names, Pki};
 use crate::proto::etcdserverpb::alarm_request::AlarmAction;
 use crate::proto::etcdserverpb::{AlarmRequest, AlarmType};
@@ -33,6 +34,9 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// How often a learner makes sure that it still is one.
 const LEARNER_ASKS: Duration = Duration::from_secs(5);
+
+/// Between two rounds of asking for members that cannot be found.
+const FIND_INTERVAL: Duration = Duration::from_secs(2);
 
 /// A barrier that takes longer is worth a line.
 const SLOW_BARRIER: Duration = Duration::from_secs(3);
@@ -117,6 +121,27 @@ async fn removed(node: Node, book: Arc<HelloBook>, transport: Arc<dyn Transport>
         tokio::select! {
             changed = told.changed() => if changed.is_err() { return pending().await },
             () = node.env().clock.sleep(LEARNER_ASKS) => {}
+        }
+    }
+}
+
+/// Asks others where members are that this node cannot find.
+pub(super) async fn find_lost(node: Node, peers: Peers, finder: Finder) {
+    loop {
+        node.env().clock.sleep(FIND_INTERVAL).await;
+        let status = node.status();
+        let others = status.members.into_iter().filter(|member| member.id != status.node);
+        let (lost, there): (Vec<_>, Vec<_>) = others.partition(|member| peers.is_lost(member.id));
+        if lost.is_empty() {
+            continue;
+        }
+        for via in &there {
+            for seen in finder.ask(via).await {
+                if lost.iter().any(|member| member.id == seen.id) {
+                    let urls = seen.peer_urls.iter();
+                    peers.learn(seen.id, urls.filter_map(|url| Location::of_url(url)));
+                }
+            }
         }
     }
 }

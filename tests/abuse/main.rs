@@ -24,3 +24,4 @@ mod full_disk;
 mod http2;
 mod load;
 mod requests;
+mod stopping;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::lan::Lan;
 use crate::machine::{Machine, Street, until};
 
 /// See the module documentation.
@@ -25,14 +26,33 @@ impl Cluster {
     }
 
     /// One that runs with this many servers; all but the first joined at once. `lines` are in everybody's configuration.
-    pub fn of(count: u8, lines: &str) -> Self {
+    pub fn of(count: usize, lines: &str) -> Self {
         let mut cluster = Self::empty();
         for _ in 0..count {
             cluster.add();
         }
+        cluster.found(lines);
+        cluster
+    }
+
+    /// One that runs, with a server on each place of a network.
+    pub fn of_places(lan: &Lan, count: usize) -> Self {
+        let mut cluster = Self::empty();
+        for at in 0..count {
+            let machine = cluster.add();
+            machine.address = lan.address(at);
+            machine.place = Some(lan.place(at));
+        }
+        cluster.found("");
+        cluster
+    }
+
+    fn found(&mut self, lines: &str) {
+        let cluster = self;
+        let count = cluster.machines.len();
         cluster.machines[0].configure(&format!("cluster-init: true\n{lines}"));
         let founded = cluster.machines[0].up();
-        for number in 1..usize::from(count) {
+        for number in 1..count {
             let joining = cluster.machines[number].joining(&cluster.machines[0]);
             cluster.machines[number].configure(&format!("{joining}{lines}"));
             cluster.machines[number].start();
@@ -40,8 +60,7 @@ impl Cluster {
         let joined: Vec<Duration> =
             cluster.machines.iter_mut().skip(1).map(Machine::ready).collect();
         println!("founded in {founded:?}, joined in {joined:?}");
-        cluster.settled(usize::from(count));
-        cluster
+        cluster.settled(count);
     }
 
     pub fn dir(&self) -> &Path {
@@ -76,7 +95,7 @@ impl Cluster {
     pub fn leader(&self) -> usize {
         let mut found = None;
         until("a leader", || {
-            found = self.machines.iter().position(|machine| machine.runs() && leads(machine));
+            found = self.machines.iter().position(|machine| machine.runs() && machine.leads());
             found.is_some()
         });
         found.unwrap()
@@ -119,12 +138,6 @@ impl Cluster {
             self.all_have(&format!("serves/{}", machine.name), round);
         }
     }
-}
-
-/// Whether it says that it leads.
-fn leads(machine: &Machine) -> bool {
-    let metrics = crate::support::etcd::http_get(&format!("{}:2381", machine.address), "/metrics");
-    metrics.unwrap_or_default().lines().any(|line| line.starts_with("etcd_server_is_leader 1"))
 }
 
 /// The members, as a machine lists them.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::lan::{Place, inside};
 use crate::support::etcd::http_get;
 use crate::support::ours::program;
 use crate::support::process::Process;
@@ -63,6 +64,8 @@ pub struct Machine {
     db_dir: PathBuf,
     process: Option<Process>,
     runs: u32,
+    /// On a network of its own.
+    pub place: Option<Place>,
 }
 
 impl Machine {
@@ -71,7 +74,7 @@ impl Machine {
         let dir = dir.join(name);
         fs::create_dir_all(&dir).unwrap();
         let db_dir = dir.join("db");
-        Self { name: name.to_owned(), address, dir, db_dir, process: None, runs: 0 }
+        Self { name: name.to_owned(), address, dir, db_dir, process: None, runs: 0, place: None }
     }
 
     pub fn db_dir(&self) -> &Path {
@@ -143,16 +146,15 @@ impl Machine {
     pub fn spawn(&mut self, command: &mut Command) {
         self.runs += 1;
         let log = self.dir.join(format!("log-{}", self.runs));
-        self.process = Some(Process::start(command, &log));
+        self.process = Some(match self.place {
+            None => Process::start(command, &log),
+            Some(place) => Process::start(&mut inside(place.own, command), &log),
+        });
     }
 
     fn process(&mut self) -> &mut Process {
         let name = &self.name;
         self.process.as_mut().unwrap_or_else(|| panic!("{name} does not run"))
-    }
-
-    pub fn pid(&mut self) -> u32 {
-        self.process().pid()
     }
 
     /// What this start has printed so far.
@@ -161,17 +163,14 @@ impl Machine {
         fs::read_to_string(log).unwrap_or_default()
     }
 
-    pub fn is_ready(&self) -> bool {
-        let address = format!("{}:2381", self.address);
-        http_get(&address, "/readyz").is_some_and(|answer| answer.starts_with("HTTP/1.1 200"))
-            && self.printed().contains("ready, serving")
-    }
-
     /// Waits for READY, and says how long it took.
     pub fn ready(&mut self) -> Duration {
         let began = Instant::now();
         let address = format!("{}:2381", self.address);
         self.process().wait_until_printed("ready, serving");
+        if self.place.is_some() {
+            return began.elapsed();
+        }
         until("readyz", || {
             http_get(&address, "/readyz").is_some_and(|answer| answer.starts_with("HTTP/1.1 200"))
         });
@@ -265,7 +264,11 @@ impl Machine {
             "--command-timeout=20s".to_owned(),
             "--dial-timeout=10s".to_owned(),
         ]);
-        said(command.args(arguments).output().expect("etcdctl (Debian: etcd-client)"))
+        command.args(arguments);
+        if let Some(place) = self.place {
+            command = inside(place.router, &command);
+        }
+        said(command.output().expect("etcdctl (Debian: etcd-client)"))
     }
 
     /// An `etcdctl` that must succeed.
@@ -288,6 +291,18 @@ impl Machine {
     /// A linearizable read.
     pub fn value(&self, key: &str) -> String {
         self.ctl(&["get", key, "--print-value-only"]).trim().to_owned()
+    }
+
+    /// Whether it says that it leads.
+    pub fn leads(&self) -> bool {
+        if self.place.is_none() {
+            let metrics =
+                http_get(&format!("{}:2381", self.address), "/metrics").unwrap_or_default();
+            return metrics.lines().any(|line| line.starts_with("etcd_server_is_leader 1"));
+        }
+        let (status, said) = self.etcdctl(&["endpoint", "status", "-w", "json"]);
+        let said: Value = serde_json::from_str(&said).unwrap_or_default();
+        status == 0 && said[0]["Status"]["leader"] == self.id()
     }
 
     /// Its member id, as it is written in its identity.

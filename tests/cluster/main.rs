@@ -16,11 +16,15 @@
 mod support;
 
 mod cluster;
+mod lan;
 mod ledger;
 mod machine;
 
 mod failures;
 mod flags;
+mod identity;
 mod joining;
+mod links;
 mod membership;
+mod reset;
 mod serving;

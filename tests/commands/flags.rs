@@ -90,6 +90,11 @@ fn a_server_that_was_down_during_a_change_starts_with_the_new_value_and_not_with
     let old = refused_by_the_others(third);
     assert!(old.contains("disable: [runtimes]") && old.contains("set by pi-1"), "{old}");
     third.put("disable: [runtimes]\n");
+    let check = third.run(&["check"]).done();
+    assert!(
+        check.contains("the critical flags are those of another server of the cluster"),
+        "{check}"
+    );
     third.restart();
     third.wait_until("has seen the change", |server| has_seen(server, "runtimes"));
     third.put("cluster-domain: k8s.local\n");

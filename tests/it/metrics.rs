@@ -21,6 +21,9 @@ use etcd_client::{
 use expect_test::expect_file;
 use tempfile::TempDir;
 
+/// Said once by every start.
+const READY: &str = "ready, serving etcd clients on";
+
 /// Far longer than anything here takes, even on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -34,6 +37,7 @@ struct Server {
     ports: [u16; 3],
     /// Names that were not zero in any scrape.
     moved: BTreeSet<String>,
+    starts: usize,
 }
 
 impl Drop for Server {
@@ -76,18 +80,21 @@ impl Server {
         let ports = held.each_ref().map(|listener| listener.local_addr().unwrap().port());
         drop(held);
         let child = launch(dir.path(), ports);
-        let mut server = Self { child, dir, ports, moved: BTreeSet::new() };
+        let mut server = Self { child, dir, ports, moved: BTreeSet::new(), starts: 0 };
         server.wait_until_ready();
         server
     }
 
+    /// Answers, and has told the cluster of this start: nothing of its own is under way that a test would count.
     fn wait_until_ready(&mut self) {
         let deadline = Instant::now() + PATIENCE;
+        self.starts += 1;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 panic!("ended with {status}:\n{}", output(self.dir.path()));
             }
-            if self.try_get("/readyz").is_some_and(|(status, _)| status == 200) {
+            let settled = output(self.dir.path()).matches(READY).count() == self.starts;
+            if settled && self.try_get("/readyz").is_some_and(|(status, _)| status == 200) {
                 return;
             }
             assert!(Instant::now() < deadline, "never ready:\n{}", output(self.dir.path()));

@@ -545,6 +545,52 @@ fn put_that_keeps_what_an_earlier_delete_takes_is_refused_with_nothing_done() {
     assert!(machine.get("b").is_none());
 }
 
+/// Room for so many bytes.
+struct Small {
+    bytes: usize,
+    asked: std::cell::Cell<usize>,
+}
+
+impl Room for Small {
+    fn keep(&self, bytes: usize) -> bool {
+        self.asked.set(self.asked.get() + bytes);
+        self.asked.get() <= self.bytes
+    }
+}
+
+#[test]
+fn answer_that_has_no_room_is_given_up_before_it_is_made() {
+    let mut machine = Machine::new();
+    for number in 0..50 {
+        machine.put(&format!("k{number:02}"), &"v".repeat(1_000));
+    }
+    let view = machine.store.read().unwrap();
+    let all = pb::RangeRequest { key: b("k"), range_end: b("l"), ..Default::default() };
+    let txn = txn(vec![], vec![op(Request::RequestRange(all.clone())); 2], vec![]);
+    let ask = |bytes| {
+        let room = Small { bytes, asked: Default::default() };
+        let full = matches!(range_within(&view, &all, &room), Err(ReadError::NoRoom));
+        (full, room.asked.get())
+    };
+    let (full, needed) = ask(usize::MAX);
+    assert!(!full && 50_000 < needed, "{needed}");
+    assert_eq!(ask(needed), (false, needed));
+    assert_eq!(ask(needed - 1), (true, needed));
+    // Not all keys are listed, and no value is read, to find out.
+    let (full, asked) = ask(1_000);
+    assert!(full && asked < 2_000, "{asked}");
+
+    let room = |bytes| Small { bytes, asked: Default::default() };
+    assert!(matches!(read_only_txn_within(&view, &txn, &room(needed)), Err(ReadError::NoRoom)));
+    let twice = read_only_txn_within(&view, &txn, &room(2 * needed)).unwrap().unwrap();
+    assert_eq!(twice, read_only_txn(&view, &txn).unwrap().unwrap());
+    // What is counted or cut off takes no room.
+    let few = pb::RangeRequest { limit: 2, ..all.clone() };
+    let count = pb::RangeRequest { count_only: true, ..all };
+    assert!(range_within(&view, &few, &room(5_000)).is_ok());
+    assert!(range_within(&view, &count, &room(0)).is_ok());
+}
+
 #[test]
 fn read_only_transactions_are_served_from_a_reader() {
     let mut machine = Machine::new();

@@ -113,30 +113,13 @@ impl Answerer {
         if old.number == request.incarnation {
             return None;
         }
-        let probe = self.request_to_probe();
+        let probe = wire::probe(self.cluster, self.node, self.incarnation);
         let answer = self.transport.call(&old.member, Method::Hello, probe, PROBE_TIMEOUT);
         let reply = HelloReply::decode(answer.await.ok()?).ok()?;
         (reply.incarnation == old.number).then(|| {
             let Member { name, peer_urls, .. } = &old.member;
             format!("{name} at {}", peer_urls.join(", "))
         })
-    }
-
-    /// A hello that only wants to hear the other's number.
-    fn request_to_probe(&self) -> Bytes {
-        let member = Member { id: self.node, ..Member::default() };
-        HelloRequest {
-            cluster: self.cluster.get(),
-            incarnation: self.incarnation,
-            wire_version_min: *WIRE_VERSIONS.start(),
-            wire_version_max: *WIRE_VERSIONS.end(),
-            release: env!("CARGO_PKG_VERSION").to_owned(),
-            self_: Some(wire::wire_member(&member)),
-            probe: true,
-            ..HelloRequest::default()
-        }
-        .encode_to_vec()
-        .into()
     }
 
     fn describe(
@@ -166,6 +149,7 @@ impl Answerer {
             vote: state.vote.map(wire::wire_vote),
             last: end(&view, &self.wal).map(wire::wire_log_id),
             flags: flags.unwrap_or_default(),
+            seen: self.book.seen().iter().map(wire::wire_member).collect(),
         })
     }
 

@@ -85,6 +85,12 @@ impl HelloBook {
         self.removed.subscribe()
     }
 
+    /// Everybody who was heard of, where they said they were.
+    pub fn seen(&self) -> Vec<Member> {
+        let book = self.lock();
+        book.values().filter_map(|known| Some(known.incarnation.as_ref()?.member.clone())).collect()
+    }
+
     /// Forgets a node that was removed for good.
     pub fn forget(&self, node: NodeId) {
         self.lock().remove(&node);

@@ -4,6 +4,7 @@
 //!
 //! - [`verdict`]: what the answers mean. Pure.
 //! - [`ask`]: gathers answers until there is a verdict.
+//! - [`find`]: asks for members that have moved.
 //! - [`book`]: what this node remembers of the others. [`witness`] fills it from what they promise.
 //! - [`answer`]: answers, from the card, also while this node is asking itself: a whole cluster that lost power comes back in any
 //!   order.
@@ -15,6 +16,7 @@
 pub mod answer;
 pub mod ask;
 pub mod book;
+pub mod find;
 pub mod verdict;
 pub mod witness;
 
@@ -26,6 +28,7 @@ mod tests;
 pub use answer::Answerer;
 pub use ask::{Asked, Hello};
 pub use book::HelloBook;
+pub use find::Finder;
 pub use verdict::{Forgotten, Own, Verdict, Voters};
 pub use wire::members;
 pub use witness::Witness;

@@ -2,10 +2,14 @@
 
 use std::collections::BTreeSet;
 
+use bytes::Bytes;
+use prost::Message;
+
 use super::verdict::{Said, Voters};
-use crate::proto::node::{self as wire, HelloReply};
+use crate::proto::node::{self as wire, HelloReply, HelloRequest};
 use crate::raft::Member;
-use crate::types::{LogId, LogIndex, NodeId, Term, Vote};
+use crate::raft::transport::WIRE_VERSIONS;
+use crate::types::{ClusterId, LogId, LogIndex, NodeId, Term, Vote};
 
 pub(super) fn vote(vote: &wire::Vote) -> Vote {
     let (term, node) = (Term::new(vote.term), NodeId::new(vote.node));
@@ -36,7 +40,6 @@ pub(super) fn voters(stored: &wire::StoredMembership) -> Voters {
     }
 }
 
-/// The members of a stored membership, with their addresses.
 /// The members in a membership as it is kept and sent.
 pub fn members(stored: &wire::StoredMembership) -> Vec<Member> {
     let membership = stored.membership.clone().unwrap_or_default();
@@ -64,6 +67,23 @@ pub(super) fn wire_member(member: &Member) -> wire::Member {
         client_urls: member.client_urls.clone(),
         replaces: member.replaces.map_or(0, NodeId::get),
     }
+}
+
+/// A hello that only wants to hear what the other knows.
+pub(super) fn probe(cluster: ClusterId, node: NodeId, incarnation: u64) -> Bytes {
+    let member = Member { id: node, ..Member::default() };
+    HelloRequest {
+        cluster: cluster.get(),
+        incarnation,
+        wire_version_min: *WIRE_VERSIONS.start(),
+        wire_version_max: *WIRE_VERSIONS.end(),
+        release: env!("CARGO_PKG_VERSION").to_owned(),
+        self_: Some(wire_member(&member)),
+        probe: true,
+        ..HelloRequest::default()
+    }
+    .encode_to_vec()
+    .into()
 }
 
 /// What a reply says, with the flags compared by whoever knows how.
