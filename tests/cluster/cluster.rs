@@ -80,12 +80,6 @@ impl Cluster {
         self.machines.last_mut().unwrap()
     }
 
-    /// Endpoints of all that run.
-    pub fn endpoints(&self) -> String {
-        let running = self.machines.iter().filter(|machine| machine.runs());
-        running.map(Machine::client_url).collect::<Vec<_>>().join(",")
-    }
-
     /// Any machine that runs.
     pub fn any(&self) -> &Machine {
         self.machines.iter().find(|machine| machine.runs()).expect("a machine that runs")

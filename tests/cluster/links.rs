@@ -55,7 +55,7 @@ fn every_majority_that_can_talk_goes_on() {
             return;
         }
     };
-    let mut cluster = Cluster::of_places(&lan, 3);
+    let cluster = Cluster::of_places(&lan, 3);
     for (round, (name, cut, must_write)) in SHAPES.iter().enumerate() {
         let leader = cluster.leader();
         let others = cluster.followers_without(leader);
