@@ -15,6 +15,7 @@
 //! | `meta` | `membership` | opaque |
 //! | `meta` | `record/` name | opaque |
 //! | `meta` | `alarm` member u64, kind i32 | nothing |
+//! | `meta` | `mark` row modulo 4096 u64 | row u64, base revision i64, known u64, made u64: see `marks` |
 
 use crate::types::{ClusterId, LogId, LogIndex, NodeId, Term};
 

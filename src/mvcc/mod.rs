@@ -35,6 +35,7 @@ mod engine;
 mod error;
 mod format;
 mod hash;
+mod marks;
 mod read;
 mod store;
 mod view;

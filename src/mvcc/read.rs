@@ -6,12 +6,13 @@ use bytes::Bytes;
 use redb::{ReadOnlyTable, ReadTransaction, ReadableTable, ReadableTableMetadata, TableDefinition};
 
 use crate::proto::mvccpb::{Event, KeyValue, event::EventType};
-use crate::types::{ClusterId, LeaseId, LogId, NodeId, Revision};
+use crate::types::{ClusterId, LeaseId, LogId, LogIndex, NodeId, Revision};
 
 use super::engine::Engine;
 use super::format::{
     self, HEAD_KEY, Head, LeaseValue, MEMBERSHIP_KEY, POSITION_BYTES, Position, RevRecord, Table,
 };
+use super::marks;
 use super::view::{self, Entry, Keys, RevKey, Slice, View, Visit};
 use super::{Counts, KeyRange, LeaseRecord, RevisionEvents, StoreError};
 
@@ -207,6 +208,11 @@ impl ReadTxn {
     /// How much there is. Read from the tables' roots, so it costs nothing to speak of.
     pub fn counts(&self) -> Result<Counts, StoreError> {
         self.checked(|| Ok(Counts { keys: self.cur.len()?, changes: self.rev.len()? }))
+    }
+
+    /// The revision after an entry that has been applied; of the last 262,144 entries.
+    pub fn revision_after(&self, index: LogIndex) -> Result<Option<Revision>, StoreError> {
+        self.checked(|| marks::revision_after(&self.meta, index))
     }
 
     /// The cluster this state belongs to.

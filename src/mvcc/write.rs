@@ -20,6 +20,7 @@ use super::format::{
     self, CurRecord, FORMAT_KEY, HEAD_KEY, Head, LeaseValue, MEMBERSHIP_KEY, POSITION_BYTES,
     Position, RevRecord, Table,
 };
+use super::marks::Marks;
 use super::read::{self, CUR, LEASE, LEASE_KEY, META, REV};
 use super::view::{self, Entry, Keys, RevKey, Slice, View, Visit};
 use super::{KeyRange, LeaseRecord, RevisionEvents, StoreError};
@@ -33,6 +34,7 @@ pub struct WriteTxn<'txn> {
     pub(super) lease_key: RedbTable<'txn, Slice, Slice>,
     pub(super) meta: RedbTable<'txn, Slice, Slice>,
     alarms: Vec<(NodeId, i32)>,
+    marks: Marks,
     /// Of the revision that is being made.
     changes: Vec<Event>,
 }
@@ -74,6 +76,7 @@ impl<'txn> WriteTxn<'txn> {
             lease_key: txn.open_table(LEASE_KEY)?,
             meta,
             alarms,
+            marks: Marks::new(head.revision),
             changes: Vec::new(),
         })
     }
@@ -81,6 +84,7 @@ impl<'txn> WriteTxn<'txn> {
     /// Writes down how far this batch has come. The last thing before the commit.
     pub(super) fn finish(mut self) -> Result<Head, StoreError> {
         assert!(self.changes.is_empty(), "a command's revision was never ended");
+        self.marks.store(&mut self.meta)?;
         self.meta.insert(HEAD_KEY, self.head.encode().as_slice())?;
         Ok(self.head)
     }
@@ -209,8 +213,9 @@ impl<'txn> WriteTxn<'txn> {
     }
 
     /// Remembers the last applied entry: it stands or falls with the changes it made.
-    pub const fn set_applied(&mut self, id: LogId) {
+    pub fn set_applied(&mut self, id: LogId) {
         self.head.applied = Some(id);
+        self.marks.note(id.index, self.head.revision);
     }
 
     /// The last applied entry.

@@ -13,19 +13,20 @@
 //! - A node that has forgotten does not go on: its data is set aside, and it starts over as another one.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tonic::service::Routes;
 
-use super::data_dir::{DataDir, Locked};
+use super::data_dir::{DataDir, DataDirError, Locked, STATE_FILE};
 use super::dial::Network;
 use super::dispatch::{Dispatch, Doorman};
 use super::doorway::OwnCredentials;
 use super::early;
 use super::listen::{Listeners, PeerDoors, PeersIncoming, Security};
+use super::mend::Unmendable;
 use super::run::{RunError, names, stopped};
 use super::supervise;
 use crate::announce;
@@ -40,7 +41,7 @@ use crate::join::{
     start_plan, token,
 };
 use crate::metrics::Metrics;
-use crate::mvcc::Store;
+use crate::mvcc::{self, DrainOn, Store};
 use crate::peers::address::Location;
 use crate::peers::{self, Passport, Peers};
 use crate::pki::{Owner, Pki, Port, Role};
@@ -100,7 +101,10 @@ pub(super) async fn enter(
     let locked = Locked::take(env, &config.db_dir)?;
     let identity = identify(config, env, &locked, &flags).await?;
     let path = locked.path.clone();
-    let dir = locked.open(env, identity, config.wal_linger).await?;
+    let dir = match locked.open(env, identity, config.wal_linger).await {
+        Ok(dir) => dir,
+        Err(error) => return Err(refill(env, &path, identity, error).await),
+    };
     supervise::announce_opened(&dir);
     compare_alone(&dir, &flags)?;
 
@@ -162,6 +166,46 @@ fn compare_alone(dir: &DataDir, flags: &CriticalFlags) -> Result<(), RunError> {
         // What cannot be read is reported when it is used.
         Ok(_) | Err(_) => Ok(()),
     }
+}
+
+/// What is damaged here the others have: this node sets it aside and is filled by them. Alone, it stops.
+async fn refill(env: &Env, path: &Path, identity: Identity, error: DataDirError) -> RunError {
+    match others(env, path, identity, &error).await {
+        Some(membership) => {
+            announce!(EventId::Quarantined, "{error}; the other servers have what is missing");
+            match quarantine::begin(env, path, identity, &membership).await {
+                Ok(_) => RunError::StartOver,
+                Err(error) => error.into(),
+            }
+        }
+        None => error.into(),
+    }
+}
+
+/// The members, if others vote beside this node and the damage is one that they make good.
+async fn others(
+    env: &Env,
+    path: &Path,
+    identity: Identity,
+    error: &DataDirError,
+) -> Option<StoredMembership> {
+    let told = || join::contacts(env, path).ok().flatten();
+    let membership = if let DataDirError::Damaged { why: Unmendable::OtherVoters, .. } = error {
+        let options = mvcc::Options { cache_bytes: 1 << 20, drain: DrainOn::Thread };
+        let store = Store::open(env, &path.join(STATE_FILE), &options).ok()?;
+        let stored = inspect::stored_membership(&store.read().ok()?).ok();
+        // What is not closed cleanly is set aside all the same.
+        drop(store.close().await);
+        stored.or_else(told)
+    } else if let DataDirError::Store(error) = error
+        && error.is_damage()
+    {
+        told()
+    } else {
+        None
+    }?;
+    let others = hello::members(&membership);
+    others.iter().any(|one| one.id != identity.node && !one.learner).then_some(membership)
 }
 
 /// Who this node is, this start counted.

@@ -2,7 +2,8 @@
 //!
 //! The log holds requests, not what came of them. To name the revision each write got, the dump applies them again, to
 //! a store of its own in a temporary directory: from the beginning if the log still has it, else from a copy of the
-//! node's last checkpoint. Writes before that are shown without a revision.
+//! node's last checkpoint. For entries before that the state remembers it (`mvcc::marks`), for a quarter of a million of
+//! them; still older ones are shown without a revision.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -241,14 +242,104 @@ impl Replay {
         Ok(Self { store, base, voters, dir })
     }
 
-    /// The revision after this entry; `None` if it lies before what the replay began with.
+    /// The revision after this entry; `None` if it lies before what the replay began with, and is not remembered.
     fn apply(&mut self, id: LogId, encoded: &Encoded) -> Result<Option<Revision>, ToolError> {
         if self.base.is_some_and(|base| id.index <= base.index) {
-            return Ok(None);
+            return Ok(self.store.read()?.revision_after(id.index)?);
         }
         let command =
             encoded.decode().map_err(|error| ToolError::Entry { id, what: error.to_string() })?;
         let applied = self.store.write(|txn| apply::apply(txn, id, &command))?;
         Ok(Some(applied.outcome.revision))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::Command;
+    use crate::proto::etcdserverpb as pb;
+    use crate::testkit::wait;
+    use crate::types::{LogIndex, NodeId, Term};
+    use crate::wal::{self, Record, Urgency, Wal};
+
+    fn id(index: u64) -> LogId {
+        LogId { term: Term::new(1), leader: NodeId::new(1), index: LogIndex::new(index) }
+    }
+
+    /// Every third deletes what is not there, and so makes no revision.
+    fn command(index: u64) -> Command {
+        let key = format!("key{index}").into();
+        if index.is_multiple_of(3) {
+            Command::DeleteRange(pb::DeleteRangeRequest { key, ..Default::default() })
+        } else {
+            Command::Put(pb::PutRequest { key, ..Default::default() })
+        }
+    }
+
+    async fn write_log(dir: &Path, purged: u64, last: u64) {
+        let options = wal::Options { segment_bytes: 1 << 20, ..wal::Options::default() };
+        let owner = wal::Identity::default();
+        let (wal, _, writer) = Wal::open(&host::env(), dir, owner, options).await.unwrap();
+        writer.spawn_thread().unwrap();
+        let entry = |index| Record::Entry {
+            id: id(index),
+            payload: command(index).encode().bytes().clone(),
+        };
+        wal.append((1..=last).map(entry).collect(), Urgency::Urgent, |_| ()).unwrap();
+        let records = vec![Record::Committed(id(last)), Record::Purge(id(purged))];
+        wal.append(records, Urgency::Urgent, |_| ()).unwrap();
+        wal.close().await.unwrap();
+    }
+
+    /// Applies entries in batches of odd sizes, with a restart in the middle; returns the revision after each.
+    async fn write_state(path: &Path, last: u64) -> Vec<i64> {
+        let options = mvcc::Options { cache_bytes: 1 << 20, drain: DrainOn::Thread };
+        let mut revisions = Vec::new();
+        let mut next = 1;
+        while next <= last {
+            let store = Store::open(&host::env(), path, &options).unwrap();
+            for size in [1, 7, 70] {
+                store
+                    .write(|txn| {
+                        for index in next..=last.min(next + size - 1) {
+                            let applied = apply::apply(txn, id(index), &command(index))?;
+                            revisions.push(applied.outcome.revision.get());
+                        }
+                        Ok(())
+                    })
+                    .unwrap();
+                next += size;
+            }
+            store.close().await.unwrap();
+        }
+        revisions
+    }
+
+    /// Everything before the state's last checkpoint was null once the log no longer began at its beginning.
+    #[test]
+    fn every_write_has_its_revision_though_the_log_begins_in_the_middle() {
+        let dir = tempfile::tempdir().unwrap();
+        let (purged, applied, last) = (10, 300, 320);
+        let mut revisions = wait(write_state(&dir.path().join(STATE_FILE), applied));
+        wait(write_log(&wal_dir(dir.path()), purged, last));
+        for index in applied + 1..=last {
+            let made = i64::from(!index.is_multiple_of(3));
+            revisions.push(revisions.last().unwrap() + made);
+        }
+
+        let mut out = Vec::new();
+        dump(dir.path(), true, &mut out).unwrap();
+
+        let lines: Vec<serde_json::Value> = String::from_utf8(out)
+            .unwrap()
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(lines.len() as u64, last - purged);
+        for line in lines {
+            let index = usize::try_from(line["index"].as_u64().unwrap()).unwrap();
+            assert_eq!(line["revision"].as_i64(), Some(revisions[index - 1]), "{line}");
+        }
     }
 }

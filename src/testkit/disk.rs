@@ -241,6 +241,15 @@ impl FaultDisk {
         Self(Arc::new(Mutex::new(self.lock().fork())))
     }
 
+    /// The card is overwritten with an image of itself, or of another. Whoever had it open has nothing any more.
+    pub fn put_back(&self, image: &Self) {
+        let fork = image.lock().fork();
+        let mut world = self.lock();
+        let boot = world.boot + 1;
+        *world = fork;
+        world.boot = boot;
+    }
+
     /// The power goes and comes back. `fate` decides what of the unsynced writes is found. Faults are lifted.
     pub fn power_cut(&self, fate: impl FnMut(&Unsynced<'_>) -> Fate) {
         self.lock().power_cut(fate);

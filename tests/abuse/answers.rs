@@ -271,7 +271,9 @@ async fn answers_that_nobody_reads_do_not_keep_the_server_from_stopping() {
         let start = Instant::now();
         host.stops().await;
 
-        assert!(start.elapsed() < Duration::from_secs(6), "{deafness:?}: {:?}", start.elapsed());
+        // Two seconds on an idle machine. Without the cut it waits for ever.
+        println!("{deafness:?}: stopped in {:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(30), "{deafness:?}: {:?}", start.elapsed());
         drop(wires);
     }
 }

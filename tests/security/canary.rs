@@ -214,7 +214,8 @@ fn commands(hunt: &mut Hunt, server: &Server, address: Ipv4Addr) {
         &["token"],
     ];
     for arguments in all {
-        hunt.search_output(&arguments.join(" "), &server.run(arguments), &[]);
+        let output = server.command(arguments).env(TALKATIVE.0, TALKATIVE.1).output().unwrap();
+        hunt.search_output(&arguments.join(" "), &output, &[]);
     }
     for arguments in [wal, dump] {
         let output = program().args(arguments).output().unwrap();

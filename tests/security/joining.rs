@@ -327,9 +327,11 @@ async fn ten_thousand_bad_requests_cost_little() {
     let each = (after.processor - before.processor) / REQUESTS as u32;
     println!("{REQUESTS} bad requests in {took:?}: {each:?} of processor each, {growth} KiB more");
     assert!(growth <= RSS_KIB_MAX, "{growth} KiB more, expected at most {RSS_KIB_MAX}");
-    let lines = server.printed()[printed.len()..].lines().count();
+    let lines = server.printed()[printed.len()..].to_owned();
     let most = took.as_secs() as usize + 2;
-    assert!(lines <= most, "{lines} lines in {took:?}, expected at most {most}");
+    assert!(count(&lines, REFUSED) <= most, "in {took:?}, expected at most {most}:\n{lines}");
+    let others = lines.lines().filter(|line| !line.contains(REFUSED) && line.contains("join"));
+    assert_eq!(others.count(), 0, "{lines}");
     serves(server.channel().await, "after all").await.unwrap();
     servers.stop();
 }

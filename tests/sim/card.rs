@@ -21,7 +21,7 @@ use k3s_server::types::LogId;
 use k3s_server::wal::format::{BLOCK, SlotHeader, decode_frame};
 use k3s_server::wal::{Record, inspect};
 
-use crate::log_model::LogModel;
+use crate::log_model::{Held, LogModel, rank};
 
 /// Called with the records of every frame that has become durable, and the log as it is after them. The card is locked
 /// meanwhile, so it must not be asked anything.
@@ -34,11 +34,16 @@ pub(crate) struct Card {
     log: Arc<Mutex<Log>>,
     speed: Arc<Mutex<Speed>>,
     on_durable: OnDurable,
+    /// Counts crashes.
+    life: Arc<Mutex<u64>>,
 }
 
 #[derive(Default)]
 struct Log {
     durable: LogModel,
+    /// The lowest entry in the last durable frame, and whether there was a vote in it.
+    last_frame: Option<u64>,
+    last_frame_votes: bool,
     /// Written, in order; not covered by a barrier.
     written: Vec<Written>,
     count: u64,
@@ -79,6 +84,7 @@ impl Card {
                 stalled_until: tokio::time::Instant::now(),
             })),
             on_durable,
+            life: Arc::default(),
         };
         card.arm();
         card
@@ -163,6 +169,55 @@ impl Card {
         Ok(())
     }
 
+    /// One bit of the log flips. False if there is no log yet.
+    pub(crate) fn rot(&self, wal: &Path, random: &mut Random) -> bool {
+        let slots = self.disk.list(wal).unwrap_or_default();
+        if slots.is_empty() {
+            return false;
+        }
+        let slot = &slots[random.index(slots.len())];
+        let content = self.disk.durable(slot).unwrap_or_default();
+        let Some(end) = content.iter().rposition(|byte| *byte != 0) else { return false };
+        self.disk.flip(
+            slot,
+            random.below(end as u64 + 1),
+            u8::try_from(random.below(8)).unwrap_or(0),
+        );
+        true
+    }
+
+    /// After a bit has flipped: `Ok(false)` if the log is known to be damaged, `Ok(true)` if it can be used, which it can if
+    /// nothing is missing but what was in the last frame. An error says what was silently forgotten.
+    pub(crate) fn settle_rotten(&self, wal: &Path) -> Result<bool, String> {
+        let Ok(found) = read_log(&self.disk, wal) else { return Ok(false) };
+        let mut log = lock(&self.log);
+        let first = log.durable.purged.max(found.purged).map_or(0, |purged| purged.index.get() + 1);
+        let is_missing = |(index, held): &(&u64, &Held)| found.entries.get(index) != Some(held);
+        let missing = log.durable.entries.range(first..).find(is_missing).map(|(index, _)| *index);
+        let last_frame = log.last_frame.unwrap_or(u64::MAX);
+        if missing.is_some_and(|missing| missing < last_frame) {
+            return Err(format!(
+                "a damaged log was taken for torn: entry {missing:?} of {:?} is missing, the last frame began at {last_frame}",
+                log.durable.last()
+            ));
+        }
+        if found.vote.map(rank) < log.durable.vote.map(rank) && !log.last_frame_votes {
+            return Err(format!(
+                "a damaged log forgot its vote {:?} for {:?}",
+                log.durable.vote, found.vote
+            ));
+        }
+        log.written.clear();
+        log.durable.forget_from(missing, found.vote);
+        Ok(true)
+    }
+
+    /// The card is overwritten with an older image of itself.
+    pub(crate) fn put_back(&self, image: &FaultDisk) {
+        self.disk.put_back(image);
+        self.arm();
+    }
+
     /// Takes the log as it is found, after an image was put back or damage was done on purpose.
     pub(crate) fn accept(&self, wal: &Path) -> Result<(), String> {
         let found = read_log(&self.disk, wal)?;
@@ -184,8 +239,14 @@ impl Card {
         lock(&self.log).durable.apply(&Record::Purge(last));
     }
 
-    /// Latency has to be set anew after every restart of the disk.
+    /// The card, for a process that starts now.
+    pub(crate) fn mount(&self) -> Mounted {
+        Mounted { card: self.clone(), life: *lock(&self.life) }
+    }
+
+    /// The disk has been restarted: its latency is to be set anew, and nobody has it mounted any more.
     fn arm(&self) {
+        *lock(&self.life) += 1;
         let speed = Arc::clone(&self.speed);
         let delay: SyncDelay = Arc::new(move |_| {
             let until = lock(&speed).next();
@@ -221,9 +282,23 @@ impl Card {
         let frames: Vec<Written> =
             log.written.extract_if(.., |frame| frame.number <= newest).collect();
         for frame in frames.iter().filter(|frame| mine(frame)) {
+            log.note_frame(&frame.records);
             frame.records.iter().for_each(|record| log.durable.apply(record));
             (self.on_durable)(&frame.records, &log.durable);
         }
+    }
+}
+
+impl Log {
+    fn note_frame(&mut self, records: &[Record]) {
+        self.last_frame = records.iter().find_map(|record| match record {
+            Record::Entry { id, .. } => Some(id.index.get()),
+            Record::Vote(_)
+            | Record::Committed(_)
+            | Record::TruncateAfter(_)
+            | Record::Purge(_) => None,
+        });
+        self.last_frame_votes = records.iter().any(|record| matches!(record, Record::Vote(_)));
     }
 }
 
@@ -260,45 +335,63 @@ fn read_log(disk: &FaultDisk, wal: &Path) -> Result<LogModel, String> {
     Ok(model)
 }
 
-impl Disk for Card {
+/// The card as one life of the process sees it: when that has ended, nothing can be opened or changed any more, also not by a
+/// task that nobody stopped.
+#[derive(Clone)]
+pub(crate) struct Mounted {
+    card: Card,
+    life: u64,
+}
+
+impl Mounted {
+    fn disk(&self) -> io::Result<&FaultDisk> {
+        if *lock(&self.card.life) == self.life {
+            Ok(&self.card.disk)
+        } else {
+            Err(io::Error::other("this process has crashed"))
+        }
+    }
+}
+
+impl Disk for Mounted {
     fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn DiskFile>> {
-        let file = self.disk.open(path, how)?;
+        let file = self.disk()?.open(path, how)?;
         if path.extension().is_none_or(|extension| extension != "wal") {
             return Ok(file);
         }
-        Ok(Arc::new(LogFile { card: self.clone(), file, path: path.to_owned() }))
+        Ok(Arc::new(LogFile { card: self.card.clone(), file, path: path.to_owned() }))
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
-        self.disk.list(dir)
+        self.disk()?.list(dir)
     }
 
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
-        self.disk.create_dir_all(dir)
+        self.disk()?.create_dir_all(dir)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.disk.rename(from, to)
+        self.disk()?.rename(from, to)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        self.disk.remove(path)
+        self.disk()?.remove(path)
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        self.disk.sync_dir(dir)
+        self.disk()?.sync_dir(dir)
     }
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
-        self.disk.exists(path)
+        self.disk()?.exists(path)
     }
 
     fn free_bytes(&self, path: &Path) -> io::Result<u64> {
-        self.disk.free_bytes(path)
+        self.disk()?.free_bytes(path)
     }
 
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>> {
-        Disk::lock(&self.disk, path)
+        Disk::lock(self.disk()?, path)
     }
 }
 

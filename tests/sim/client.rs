@@ -104,7 +104,7 @@ async fn ask(live: &Live, command: Option<Command>, key: Bytes, expected: Option
         Ok(outcome) => {
             let revision = outcome.revision.get();
             match outcome.reply {
-                Ok(Reply::Put(_)) => Saw::Wrote { key, revision },
+                Ok(Reply::Put(_)) => Saw::Wrote { revision },
                 Ok(Reply::DeleteRange(reply)) if reply.deleted != 0 => {
                     Saw::Deleted { key, revision }
                 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use k3s_server::proto::node::{self as wire, StoredMembership};
 use k3s_server::raft::{ChangeError, Role, Status};
 use k3s_server::testkit::Random;
 use k3s_server::types::{LogId, NodeId};
@@ -56,7 +57,26 @@ impl Cluster {
         let id = NodeId::new(machines.next_id);
         let machine = Machine::new(&self.around, id, machines.next_id == 1, self.typical_sync);
         machines.by_id.insert(id.get(), machine.clone());
+        drop(machines);
+        if let Some(contacts) = self.contacts() {
+            machine.tell(contacts);
+        }
         machine
+    }
+
+    /// The members, as whoever knows the newest tells a joiner.
+    fn contacts(&self) -> Option<StoredMembership> {
+        let newest = self.statuses().into_iter().max_by_key(|status| status.applied)?;
+        let ids = newest.members.iter().filter(|member| !member.learner).map(|m| m.id.get());
+        let members = newest.members.iter().map(|member| wire::Member {
+            id: member.id.get(),
+            name: member.name.clone(),
+            peer_urls: member.peer_urls.clone(),
+            ..wire::Member::default()
+        });
+        let configs = vec![wire::VoterSet { ids: ids.collect() }];
+        let membership = wire::Membership { configs, members: members.collect() };
+        Some(StoredMembership { log_id: None, membership: Some(membership) })
     }
 
     /// Takes a machine away for ever.

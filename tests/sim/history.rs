@@ -31,7 +31,7 @@ pub(crate) struct Began {
 #[derive(Clone, Debug)]
 pub(crate) enum Saw {
     /// The value was written at this revision.
-    Wrote { key: Bytes, revision: i64 },
+    Wrote { revision: i64 },
     /// The key was deleted at this revision.
     Deleted { key: Bytes, revision: i64 },
     /// At this revision the key had this value, or none; nothing was changed.
@@ -100,7 +100,12 @@ impl History {
             saw if saw.changed() => state.counts.writes += 1,
             Saw::Refused => state.counts.refused += 1,
             Saw::Unknown => state.counts.unknown += 1,
-            _ => state.counts.reads += 1,
+            Saw::Wrote { .. }
+            | Saw::Deleted { .. }
+            | Saw::Found { .. }
+            | Saw::Swapped { .. }
+            | Saw::Differed { .. }
+            | Saw::Read { .. } => state.counts.reads += 1,
         }
         let floor = began.floor;
         if let Some(revision) = saw.revision() {
@@ -131,9 +136,12 @@ impl History {
             check_place(began, saw, &places, revisions)?;
         }
         // What a call saw in its own revision was there before it.
-        state.calls.sort_by_key(|(_, saw)| match saw {
-            Saw::Swapped { revision, .. } => (revision - 1, 1),
-            saw => (saw.revision().unwrap_or(i64::MAX), 0),
+        state.calls.sort_by_key(|(_, saw)| {
+            if let Saw::Swapped { revision, .. } = saw {
+                (revision - 1, 1)
+            } else {
+                (saw.revision().unwrap_or(i64::MAX), 0)
+            }
         });
         let mut contents = Contents::new();
         let mut ahead = revisions.range(..).peekable();

@@ -75,6 +75,14 @@ impl LogModel {
         }
     }
 
+    /// Entries from an index on, and the last vote, turned out to be gone.
+    pub(crate) fn forget_from(&mut self, index: Option<u64>, vote: Option<Vote>) {
+        if let Some(index) = index {
+            self.truncate_from(index);
+        }
+        self.vote = vote;
+    }
+
     /// The entry at an index, if it is known.
     pub(crate) fn id_at(&self, index: u64) -> Option<LogId> {
         match self.entries.get(&index) {

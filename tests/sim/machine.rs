@@ -12,23 +12,32 @@
 //! - A start fails only if a fault was injected for it; any other refusal is a violation.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use k3s_server::env::Env;
-use k3s_server::join::{Identity, Phase};
+use bytes::Bytes;
+use k3s_server::apply::Reply;
+use k3s_server::command::Command;
+use k3s_server::env::{BoxFuture, Env};
+use k3s_server::join::hello::{self, Answerer, Asked, Hello, HelloBook, Verdict, Witness};
+use k3s_server::join::identity::{Identity, Phase};
+use k3s_server::mutants::{Mutant, is_planted};
 use k3s_server::mvcc::{self, DrainOn, Store};
+use k3s_server::proto::node::cluster_change::Change;
+use k3s_server::proto::node::{Boot, ClusterChange, StoredMembership};
 use k3s_server::raft::checkpoint::Policy;
-use k3s_server::raft::transport::Answer;
-use k3s_server::raft::{AppliedBatch, Follow, Member, Node, Options, Parts};
-use k3s_server::testkit::{Random, SeededEntropy};
+use k3s_server::raft::transport::{
+    Answer, BoxStream, CallError, Method, Refused, StreamMethod, Transport,
+};
+use k3s_server::raft::{AppliedBatch, Follow, Member, Node, Options, Parts, Status};
+use k3s_server::testkit::{FaultDisk, Random, SeededEntropy};
 use k3s_server::types::{ByteCount, ClusterId, NodeId, Revision};
 use k3s_server::wal::{self, Wal};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use crate::card::Card;
-use crate::network::{Incarnation, Network};
+use crate::network::{AbortOnDrop, Incarnation, Network};
 use crate::oracle::Oracle;
 use crate::world::{SimClock, World, trace};
 
@@ -84,6 +93,12 @@ struct State {
     life: Option<Life>,
     /// It stays off.
     retired: bool,
+    /// Its card does not hold what it promised, and it said so: it is to be replaced.
+    out: bool,
+    /// The life whose start is known to the cluster.
+    known: u64,
+    /// Who the members are, as a joiner is told.
+    contacts: Option<StoredMembership>,
 }
 
 /// One life of the process.
@@ -127,6 +142,9 @@ impl Machine {
             struck: 0,
             life: None,
             retired: false,
+            out: false,
+            known: 0,
+            contacts: None,
         };
         Self {
             id,
@@ -156,11 +174,6 @@ impl Machine {
         Some(Live { node: life.node.clone()?, down: life.down.subscribe() })
     }
 
-    /// Whether a process runs, started or starting.
-    pub(crate) fn is_up(&self) -> bool {
-        lock(&self.state).life.is_some()
-    }
-
     /// A fault is injected: until [`Machine::trust`] is called as often, lives may end by themselves or not begin.
     pub(crate) fn excuse(&self) {
         lock(&self.state).excused += 1;
@@ -177,6 +190,59 @@ impl Machine {
         self.card.disk().heal();
     }
 
+    /// A joiner is told who the members are.
+    pub(crate) fn tell(&self, contacts: StoredMembership) {
+        lock(&self.state).contacts = Some(contacts);
+    }
+
+    /// Which life this is.
+    pub(crate) fn incarnation(&self) -> u64 {
+        lock(&self.state).incarnation
+    }
+
+    /// Whether the cluster knows of this start.
+    pub(crate) fn is_known(&self) -> bool {
+        let state = lock(&self.state);
+        state.life.is_some() && state.known == state.incarnation
+    }
+
+    /// Whether it has found that its card does not hold what it promised.
+    pub(crate) fn is_out(&self) -> bool {
+        lock(&self.state).out
+    }
+
+    /// An older image of the card is put into the board.
+    pub(crate) fn roll_back(&self, image: &FaultDisk) {
+        self.power_cut();
+        trace!(self.around.world, "old image {}", self.id);
+        self.card.put_back(image);
+        self.around.oracle.rolled_back(self.id);
+        if let Err(what) = self.card.accept(&Path::new(DIR).join("wal")) {
+            self.around.world.violation(|| format!("image of node {}: {what}", self.id));
+        }
+    }
+
+    /// A bit flips in the log, and the process starts anew. False if the damage was noticed and the node cannot go on.
+    pub(crate) fn rot(&self, random: &mut Random) -> bool {
+        let wal = Path::new(DIR).join("wal");
+        self.kill();
+        if !self.card.rot(&wal, random) {
+            return true;
+        }
+        trace!(self.around.world, "a bit flips {}", self.id);
+        self.around.oracle.rolled_back(self.id);
+        match self.card.settle_rotten(&wal) {
+            Ok(usable) => {
+                lock(&self.state).out |= !usable;
+                usable
+            }
+            Err(what) => {
+                self.around.world.violation(|| format!("node {}: {what}", self.id));
+                false
+            }
+        }
+    }
+
     /// It is never started again.
     pub(crate) fn retire(&self) {
         self.kill();
@@ -186,7 +252,7 @@ impl Machine {
     /// Starts a process, if none runs.
     pub(crate) fn start(&self) {
         let mut state = lock(&self.state);
-        if state.life.is_some() || state.retired {
+        if state.life.is_some() || state.retired || state.out {
             return;
         }
         state.incarnation += 1;
@@ -195,7 +261,7 @@ impl Machine {
         trace!(self.around.world, "start {} life {}", self.id, who.number);
         let wire = Arc::new(self.around.network.wire(who));
         let env = Env {
-            disk: Arc::new(self.card.clone()),
+            disk: Arc::new(self.card.mount()),
             clock: Arc::new(self.clock.clone()),
             entropy: Arc::new(SeededEntropy::new(seed)),
         };
@@ -263,7 +329,7 @@ impl Machine {
             if state.life.is_none() || state.incarnation != who.number {
                 return;
             }
-            if state.excused == 0 && state.struck != who.number {
+            if state.excused == 0 && state.struck != who.number && !state.out {
                 let what = format!("node {} ended by itself: {ended:?}", self.id);
                 self.around.world.violation(|| what);
             }
@@ -287,41 +353,36 @@ impl Machine {
         self,
         who: Incarnation,
         env: Env,
-        transport: Arc<crate::network::Wire>,
+        wire: Arc<crate::network::Wire>,
         founder: bool,
     ) -> Result<(), String> {
         let dir = Path::new(DIR);
         let _lock = env.disk.lock(&dir.join("lock")).map_err(text)?;
-        let identity = match Identity::load(&env, dir).map_err(text)? {
-            Some(identity) => identity,
-            None => {
-                let (epoch, phase) = (0, Phase::Member);
-                let identity = Identity { cluster: CLUSTER, node: self.id, epoch, phase };
-                identity.store(&env, dir).await.map_err(text)?;
-                identity
-            }
-        };
+        let identity = self.identify(&env, founder).await?;
         let store = Store::open(&env, &dir.join("state.redb"), &STORE).map_err(text)?;
         let owner = wal::Identity { cluster: identity.cluster, node: identity.node };
         let (log, _recovery, writer) =
             Wal::open(&env, &dir.join("wal"), owner, LOG).await.map_err(text)?;
         tokio::spawn(writer.run());
         self.around.oracle.runs(self.id, log.clone());
+        let ties = Ties::new(&env, wire, identity, &store, &log)?;
+        self.around.network.listen(who, Arc::clone(&ties.desk) as Arc<dyn Answer>);
+        self.greet(&env, &ties, identity, &store, &log).await?;
         let follower = Applied { machine: self.clone(), who, store: store.clone() };
         let member = self.member();
+        let mut store_failed = Box::pin(store.failed());
         let parts = Parts {
-            env,
+            env: env.clone(),
             cluster: identity.cluster,
             member: member.clone(),
             wal: log,
-            store: store.clone(),
+            store,
             followers: vec![Arc::new(follower)],
-            transport,
+            transport: ties.transport,
         };
-        let store_failed = store.failed();
         let node = Node::start(parts, &self.around.raft).await.map_err(text)?;
-        drop(store);
-        self.around.network.listen(who, Arc::new(node.clone()) as Arc<dyn Answer>);
+        // The only node at this desk.
+        drop(ties.desk.node.set(node.clone()));
         if founder {
             node.found(&member).await.map_err(text)?;
         }
@@ -330,14 +391,100 @@ impl Machine {
             return Ok(());
         }
         let mut failure = node.failure();
-        drop(node);
+        let settle = tokio::spawn(self.clone().settle_in(who, env, identity, node));
+        let _ends_with_this = AbortOnDrop(settle.abort_handle());
         tokio::select! {
             biased;
-            failure = store_failed => Err(failure.to_string()),
+            failure = &mut store_failed => Err(failure.to_string()),
             reason = failure.wait_for(Option::is_some) => match reason {
                 Ok(reason) => Err(format!("{:?}", *reason)),
                 Err(_closed) => Err("raft is gone".to_owned()),
             },
+        }
+    }
+
+    /// Who this card says it is, this start counted; a new card is told.
+    async fn identify(&self, env: &Env, founder: bool) -> Result<Identity, String> {
+        let dir = Path::new(DIR);
+        let identity = match Identity::load(env, dir).map_err(text)? {
+            Some(identity) => identity,
+            None => {
+                let phase =
+                    if founder { Phase::Founding } else { Phase::Joining { replaces: None } };
+                let identity = Identity { cluster: CLUSTER, node: self.id, epoch: 0, phase };
+                identity.store(env, dir).await.map_err(text)?;
+                identity
+            }
+        };
+        identity.next_epoch(env, dir).await.map_err(text)
+    }
+
+    /// Asks the others whether this still is the node they remember.
+    async fn greet(
+        &self,
+        env: &Env,
+        ties: &Ties,
+        identity: Identity,
+        store: &Store,
+        log: &Wal,
+    ) -> Result<(), String> {
+        if is_planted(Mutant::RollbackAccepted) {
+            return Ok(());
+        }
+        let contacts = lock(&self.state).contacts.clone();
+        let asked = Asked {
+            env,
+            transport: Arc::clone(&ties.transport),
+            book: Arc::clone(&ties.book),
+            identity,
+            incarnation: ties.incarnation,
+            member: &self.member(),
+            store,
+            wal: log,
+            contacts,
+            compare: Arc::new(|_| None),
+        };
+        let verdict = Hello::new(asked)?.run().await;
+        trace!(self.around.world, "hello {}: {verdict:?}", self.id);
+        match verdict {
+            Verdict::Welcome | Verdict::Wait { .. } => Ok(()),
+            verdict @ (Verdict::Amnesia { .. } | Verdict::Retired { .. }) => {
+                lock(&self.state).out = true;
+                Err(format!("{verdict:?}"))
+            }
+            verdict @ (Verdict::Duplicate { .. }
+            | Verdict::Incompatible { .. }
+            | Verdict::FlagsDiffer { .. }) => Err(format!("{verdict:?}")),
+        }
+    }
+
+    /// Makes this start known, and writes down that this node is a member.
+    async fn settle_in(self, who: Incarnation, env: Env, identity: Identity, node: Node) {
+        let boot = Boot {
+            node: self.id.get(),
+            epoch: identity.epoch,
+            name: self.member().name,
+            release: "sim".to_owned(),
+            wire_version: 1,
+        };
+        let change = ClusterChange { change: Some(Change::Boot(boot)) };
+        let is_member =
+            |status: &Status| status.members.iter().any(|m| m.id == self.id && !m.learner);
+        node.watch_status().wait_for(is_member).await.ok();
+        loop {
+            let by = tokio::time::Instant::now() + Duration::from_secs(5);
+            let outcome = node.propose(Command::Cluster(change.clone()), by.into_std()).await;
+            if let Ok(outcome) = outcome
+                && matches!(outcome.reply, Ok(Reply::Cluster(_)))
+            {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+        // A card that fails here fails the log as well, which says so.
+        drop(identity.become_member(&env, Path::new(DIR)).await);
+        if self.is_current(who) {
+            lock(&self.state).known = who.number;
         }
     }
 
@@ -354,6 +501,74 @@ impl Machine {
     fn is_current(&self, who: Incarnation) -> bool {
         let state = lock(&self.state);
         state.life.is_some() && state.incarnation == who.number
+    }
+}
+
+/// What binds a node to the others.
+struct Ties {
+    book: Arc<HelloBook>,
+    transport: Arc<dyn Transport>,
+    desk: Arc<Desk>,
+    incarnation: u64,
+}
+
+impl Ties {
+    fn new(
+        env: &Env,
+        wire: Arc<dyn Transport>,
+        identity: Identity,
+        store: &Store,
+        log: &Wal,
+    ) -> Result<Self, String> {
+        let (book, incarnation) = (Arc::new(HelloBook::default()), env.entropy.next_u64());
+        let transport: Arc<dyn Transport> = Arc::new(Witness::new(wire, Arc::clone(&book)));
+        let answerer = Answerer::new(hello::answer::Parts {
+            cluster: identity.cluster,
+            node: identity.node,
+            incarnation,
+            store: store.clone(),
+            wal: log.clone(),
+            book: Arc::clone(&book),
+            transport: Arc::clone(&transport),
+        })?;
+        let desk = Arc::new(Desk { hello: Arc::new(answerer), node: OnceLock::new() });
+        Ok(Self { book, transport, desk, incarnation })
+    }
+}
+
+/// Answers hellos at once, and everything else when the node takes part, as the server's dispatch does.
+struct Desk {
+    hello: Arc<Answerer>,
+    node: OnceLock<Node>,
+}
+
+impl Answer for Desk {
+    fn answer(
+        &self,
+        from: NodeId,
+        method: Method,
+        request: Bytes,
+    ) -> BoxFuture<'static, Result<Bytes, Refused>> {
+        match (method, self.node.get()) {
+            (Method::Hello, _) => self.hello.answer(from, &request),
+            (_, Some(node)) => node.answer(from, method, request),
+            (_, None) => Box::pin(async { Err(Refused::NotReady("starting".to_owned())) }),
+        }
+    }
+
+    fn answer_stream(
+        &self,
+        from: NodeId,
+        method: StreamMethod,
+        requests: BoxStream<Result<Bytes, CallError>>,
+    ) -> BoxStream<Result<Bytes, Refused>> {
+        match self.node.get() {
+            Some(node) => node.answer_stream(from, method, requests),
+            None => {
+                let refused = Err(Refused::NotReady("starting".to_owned()));
+                Box::pin(futures_util::stream::iter([refused]))
+            }
+        }
     }
 }
 

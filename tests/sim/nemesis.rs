@@ -34,6 +34,8 @@ pub(crate) enum Trouble {
     Compact,
     Checkpoint,
     Replace,
+    Rot,
+    Rollback,
 }
 
 impl Trouble {
@@ -53,6 +55,8 @@ impl Trouble {
         Self::Compact,
         Self::Checkpoint,
         Self::Replace,
+        Self::Rot,
+        Self::Rollback,
     ];
 }
 
@@ -184,7 +188,14 @@ impl Nemesis {
             Trouble::Transfer => self.transfer(),
             Trouble::Compact => self.compact(),
             Trouble::Checkpoint => self.checkpoint(&machine),
-            Trouble::Replace => self.replace().await,
+            Trouble::Replace => {
+                let members = self.cluster.machines().len();
+                if 3 <= members {
+                    self.replace(machine.id).await;
+                }
+            }
+            Trouble::Rot => self.rot(&machine).await,
+            Trouble::Rollback => self.roll_back(&machine).await,
         }
     }
 
@@ -314,13 +325,71 @@ impl Nemesis {
         });
     }
 
-    /// A member's card dies; a new board takes its place under a new id.
-    async fn replace(&mut self) {
+    /// Whether one card more may lose what is on it: the others are a majority, and all of them are well.
+    fn may_lose(&self, one: &Machine) -> bool {
         let machines = self.cluster.machines();
-        if machines.len() < 3 {
+        let others = machines.iter().filter(|machine| machine.id != one.id);
+        let voters = |status: &k3s_server::raft::Status| {
+            status.members.len() == machines.len() && status.members.iter().all(|m| !m.learner)
+        };
+        3 <= machines.len()
+            && others.clone().all(|other| other.is_known() && !other.is_out())
+            && one.is_known()
+            && self.cluster.leader().is_some_and(|leader| voters(&leader.node.status()))
+    }
+
+    /// A bit of a log flips. The node notices, and is replaced; or nobody needed the bit.
+    async fn rot(&mut self, machine: &Machine) {
+        if !self.may_lose(machine) {
             return;
         }
-        let dead = machines[self.random.index(machines.len())].id;
+        machine.excuse();
+        let usable = machine.rot(&mut self.random);
+        self.back(machine, usable).await;
+        machine.trust();
+    }
+
+    /// An image of a card is put back some time later. The others remember more than it does.
+    async fn roll_back(&mut self, machine: &Machine) {
+        if !self.may_lose(machine) {
+            return;
+        }
+        let others: Vec<Machine> =
+            self.cluster.machines().into_iter().filter(|other| other.id != machine.id).collect();
+        let lives: Vec<u64> = others.iter().map(Machine::incarnation).collect();
+        let image = machine.card.image();
+        if self.random.percent(50) {
+            // Of an earlier life: its next start has a number that is known already.
+            machine.kill();
+            machine.start();
+            self.cluster.wait(Duration::from_secs(20), || machine.is_known().then_some(())).await;
+        }
+        sleep(Duration::from_millis(self.random.below(8_000))).await;
+        // Whoever has started since remembers less: that would be a second fault.
+        let same = lives == others.iter().map(Machine::incarnation).collect::<Vec<_>>();
+        if !same || !self.may_lose(machine) {
+            return;
+        }
+        machine.excuse();
+        machine.roll_back(&image);
+        self.back(machine, true).await;
+        machine.trust();
+    }
+
+    /// Starts a machine whose card is not what it was, and replaces it if it says so itself.
+    async fn back(&mut self, machine: &Machine, usable: bool) {
+        if usable {
+            machine.start();
+            let settled = || (machine.is_out() || machine.is_known()).then_some(());
+            self.cluster.wait(Duration::from_secs(20), settled).await;
+        }
+        if machine.is_out() {
+            self.replace(machine.id).await;
+        }
+    }
+
+    /// A member's card dies; a new board takes its place under a new id.
+    async fn replace(&mut self, dead: NodeId) {
         // The removal is committed before the card is thrown away: a dead card counts as a fault until then.
         if !self.cluster.remove(dead, Duration::from_secs(15)).await {
             return;

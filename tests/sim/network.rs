@@ -399,7 +399,8 @@ impl Link {
     }
 }
 
-struct AbortOnDrop(AbortHandle);
+/// A task that ends with whoever holds this.
+pub(crate) struct AbortOnDrop(pub(crate) AbortHandle);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {

@@ -94,11 +94,6 @@ impl Oracle {
         self.lock().revisions.clone()
     }
 
-    /// The last entry known to be committed.
-    pub(crate) fn last_committed(&self) -> Option<LogId> {
-        self.lock().committed.values().next_back().copied()
-    }
-
     /// A node starts: what it applied before may be applied again.
     pub(crate) fn started(&self, node: NodeId) {
         self.lock().nodes.insert(node.get(), Running::default());

@@ -158,6 +158,7 @@ async fn recover(
         ));
     }
     trace!(world, "a leader after {:.3} s", seconds(began));
+    replace_those_that_are_out(cluster).await;
     write_through_everybody(world, cluster, history).await?;
     trace!(world, "everybody writes after {:.3} s", seconds(began));
     clients.iter().for_each(JoinHandle::abort);
@@ -171,6 +172,15 @@ async fn recover(
     trace!(world, "equal after {:.3} s: {equal:?}", seconds(began));
     cluster.compare_states();
     Ok(())
+}
+
+/// Whoever found that its card does not hold what it promised stays off, and is removed.
+async fn replace_those_that_are_out(cluster: &Cluster) {
+    for machine in cluster.machines().into_iter().filter(|machine| machine.is_out()) {
+        if cluster.remove(machine.id, EQUAL_WITHIN).await {
+            cluster.discard(machine.id);
+        }
+    }
 }
 
 async fn write_through_everybody(
