@@ -359,7 +359,7 @@ async fn start(
     let mut metrics = Metrics::new(versions().0, env.clock.wall());
     let (stop_serving, stopping) = watch::channel(false);
     let entered = enter(config, env, &metrics, &stopping).await?;
-    let Entered { dir, pki, peers, transport, dispatch, member, contacts, flags, .. } = &entered;
+    let Entered { dir, pki, peers, transport, dispatch, flags, .. } = &entered;
     enter::announce_client_files(pki);
     metrics.collect(peers.clone());
     let live = Live::start(config, env, &entered).await?;
@@ -369,15 +369,12 @@ async fn start(
     let api = Api::new(live.parts(env, settings, &entered));
     dispatch.takes_part(Taking { node: live.node.clone(), api: api.clone() });
 
-    let settling = Settling {
-        node: live.node.clone(),
-        identity: dir.identity,
-        member: member.clone(),
-        contacts: contacts.clone(),
+    let settling = settling(env, &live.node, &entered);
+    let finder = Finder {
+        cluster: dir.identity.cluster,
+        node: dir.identity.node,
+        incarnation: peers.passport().incarnation,
         transport: Arc::clone(transport),
-        flags: Arc::clone(flags),
-        path: dir.path.clone(),
-        rejoin: enter::Rejoin::of(env, dir),
     };
     let (own_flags, path) = ((**flags).clone(), dir.path.clone());
     let (peers, pki) = (peers.clone(), pki.clone());
@@ -387,12 +384,6 @@ async fn start(
     serving.spawn(settling.run(notifier, settled, stopping.clone()));
 
     let Live { node, hub, leases } = live;
-    let finder = Finder {
-        cluster: dir.identity.cluster,
-        node: dir.identity.node,
-        incarnation: peers.passport().incarnation,
-        transport: Arc::clone(&transport),
-    };
     serving.spawn(supervise::leave_when_removed(node.clone(), book, transport, stopping.clone()));
     let addresses = member.client_urls.join(", ");
     let mut background = vec![
@@ -423,6 +414,20 @@ async fn start(
     drop(dir.space.spawn_thread(store.clone())?);
     let shutdown = shutdown.clone();
     Ok(Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock })
+}
+
+fn settling(env: &Env, node: &Node, entered: &Entered) -> Settling {
+    let Entered { dir, member, contacts, transport, flags, .. } = entered;
+    Settling {
+        node: node.clone(),
+        identity: dir.identity,
+        member: member.clone(),
+        contacts: contacts.clone(),
+        transport: Arc::clone(transport),
+        flags: Arc::clone(flags),
+        path: dir.path.clone(),
+        rejoin: enter::Rejoin::of(env, dir),
+    }
 }
 
 /// A node that takes part, and those who follow its store.
