@@ -57,16 +57,15 @@ impl Cluster {
         let id = NodeId::new(machines.next_id);
         let machine = Machine::new(&self.around, id, machines.next_id == 1, self.typical_sync);
         machines.by_id.insert(id.get(), machine.clone());
-        drop(machines);
-        if let Some(contacts) = self.contacts() {
-            machine.tell(contacts);
-        }
         machine
     }
 
     /// The members, as whoever knows the newest tells a joiner.
     fn contacts(&self) -> Option<StoredMembership> {
         let newest = self.statuses().into_iter().max_by_key(|status| status.applied)?;
+        if newest.members.is_empty() {
+            return None;
+        }
         let ids = newest.members.iter().filter(|member| !member.learner).map(|m| m.id.get());
         let members = newest.members.iter().map(|member| wire::Member {
             id: member.id.get(),
@@ -165,6 +164,9 @@ impl Cluster {
     pub(crate) async fn admit(&self, machine: &Machine, most: Duration) -> bool {
         let deadline = Instant::now() + most;
         while Instant::now() < deadline && !self.around.world.is_violated() {
+            if let Some(contacts) = self.contacts() {
+                machine.tell(contacts);
+            }
             if let Some(leader) = self.leader() {
                 let status = leader.node.status();
                 let known = status.members.iter().find(|member| member.id == machine.id);

@@ -192,7 +192,7 @@ impl Machine {
 
     /// A joiner is told who the members are.
     pub(crate) fn tell(&self, contacts: StoredMembership) {
-        lock(&self.state).contacts = Some(contacts);
+        lock(&self.state).contacts.get_or_insert(contacts);
     }
 
     /// Which life this is.
@@ -431,7 +431,7 @@ impl Machine {
         if is_planted(Mutant::RollbackAccepted) {
             return Ok(());
         }
-        let contacts = lock(&self.state).contacts.clone();
+        let contacts = self.contacts(identity).await;
         let asked = Asked {
             env,
             transport: Arc::clone(&ties.transport),
@@ -455,6 +455,17 @@ impl Machine {
             verdict @ (Verdict::Duplicate { .. }
             | Verdict::Incompatible { .. }
             | Verdict::FlagsDiffer { .. }) => Err(format!("{verdict:?}")),
+        }
+    }
+
+    /// A joiner knows the others from its credentials; here it waits for somebody to tell.
+    async fn contacts(&self, identity: Identity) -> Option<StoredMembership> {
+        loop {
+            let contacts = lock(&self.state).contacts.clone();
+            if contacts.is_some() || !matches!(identity.phase, Phase::Joining { .. }) {
+                return contacts;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 
