@@ -35,7 +35,7 @@ fn membership() -> Membership {
         name: name.to_owned(),
         peer_urls: vec![format!("https://{name}:2380")],
         client_urls: vec![],
-        replaces: 0,
+        replaces: 0x33,
     };
     let members = BTreeMap::from([(LEADER, contact("pi-1")), (0x22, contact("pi-2"))]);
     Membership::new(vec![BTreeSet::from([LEADER])], members).unwrap()
