@@ -125,7 +125,7 @@ fn watch(bytes: &[u8]) -> Option<Request> {
     }
 }
 
-/// Every request a client can send, and what our own nodes write. The first eight are those of [`commands`].
+/// Every request a client, a node or a joiner can send, and what our own nodes write. The first eight are those of [`commands`].
 const DECODERS: &[(&str, Decode)] = &[
     ("LeaseGrantRequest", |bytes| write(bytes, Command::LeaseGrant)),
     ("PutRequest", |bytes| write(bytes, Command::Put)),
@@ -181,6 +181,21 @@ const DECODERS: &[(&str, Decode)] = &[
     ("ProclaimRequest", only::<election::ProclaimRequest>),
     ("Membership", only::<node::Membership>),
     ("StoredMembership", only::<node::StoredMembership>),
+    ("AppendRequest", only::<node::AppendRequest>),
+    ("VoteRequest", only::<node::VoteRequest>),
+    ("TransferLeaderRequest", only::<node::TransferLeaderRequest>),
+    ("FollowingRequest", only::<node::FollowingRequest>),
+    ("ProposeRequest", only::<node::ProposeRequest>),
+    ("HelloRequest", only::<node::HelloRequest>),
+    ("AdmitRequest", only::<node::AdmitRequest>),
+    ("ChangeMembersRequest", only::<node::ChangeMembersRequest>),
+    ("LeaseRequest", only::<node::LeaseRequest>),
+    ("IntroduceRequest", only::<node::IntroduceRequest>),
+    ("BeginRequest", only::<node::BeginRequest>),
+    ("FinishRequest", only::<node::FinishRequest>),
+    ("FlagsRequest", only::<node::FlagsRequest>),
+    ("ChangeFlagRequest", only::<node::ChangeFlagRequest>),
+    ("NodesRequest", only::<node::NodesRequest>),
 ];
 
 /// The messages that are decoded.
