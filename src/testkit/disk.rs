@@ -243,11 +243,10 @@ impl FaultDisk {
 
     /// The card is overwritten with an image of itself, or of another. Whoever had it open has nothing any more.
     pub fn put_back(&self, image: &Self) {
-        let fork = image.lock().fork();
+        let mut fork = image.lock().fork();
         let mut world = self.lock();
-        let boot = world.boot + 1;
+        (fork.boot, fork.capacity) = (world.boot + 1, world.capacity);
         *world = fork;
-        world.boot = boot;
     }
 
     /// The power goes and comes back. `fate` decides what of the unsynced writes is found. Faults are lifted.
