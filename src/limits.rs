@@ -5,6 +5,22 @@ use std::time::Duration;
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
 
+/// How often a leader says that it is there: as K3s has it for embedded etcd.
+pub const HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// Shorter than K3s' 5 s, which is there for cards that pause: here no heartbeat waits for a card. A follower trusts a silent leader
+/// for the longest election timeout ([`election_max`]), and then waits once more, by chance between the shortest and the longest. So
+/// a silence of 3.2 s is borne by everybody, and one of 3.4 s by nobody: ARCHITECTURE.md tells why there is so little between them.
+pub const ELECTION_MIN: Duration = Duration::from_millis(1_500);
+
+/// The longest election timeout that goes with a shortest one.
+pub const fn election_max(election_min: Duration) -> Duration {
+    match election_min.saturating_mul(17).checked_div(15) {
+        Some(max) => max,
+        None => election_min,
+    }
+}
+
 /// Largest client request: etcd's default, which clients have been built against (`max-request-bytes`).
 pub const REQUEST_BYTES_MAX: u64 = 3 * MIB / 2;
 
@@ -105,6 +121,12 @@ pub const SCRUB_INTERVAL: Duration = Duration::from_secs(7 * 24 * 3600);
 /// For so long after a start the card is left to those who wait for it.
 pub const SCRUB_SETTLE: Duration = Duration::from_secs(600);
 
+/// A card that was found damaged, and whose server was filled again, gets no second chance within this time: it is failing.
+pub const HEAL_REST: Duration = Duration::from_secs(21 * 24 * 3600);
+
+/// How often it is tried to have a damaged card filled again, while the others cannot spare the server.
+pub const HEAL_RETRY: Duration = Duration::from_secs(600);
+
 /// How fast the card is read to check it. A card reads twenty times as fast.
 pub const SCRUB_BYTES_PER_SECOND: u64 = MIB;
 
@@ -140,10 +162,15 @@ pub const HAND_OVER_COOLDOWN: Duration = Duration::from_secs(60);
 pub const CARD_HUNG_EXIT: Duration = Duration::from_secs(20);
 
 const _: () = {
+    // A leader may be held up for so long, wherever in its beat that begins, without anybody standing for election.
+    let silence = ELECTION_MIN.as_millis() + election_max(ELECTION_MIN).as_millis();
+    assert!(2_700 <= silence - HEARTBEAT.as_millis());
     assert!(HAND_OVER_STALL_MIN.as_secs() < HAND_OVER_STALL.as_secs());
     // A look a second, a hand-over within two elections' pre-vote and vote.
     assert!(HAND_OVER_STALL.as_secs() + 3 <= CARD_HUNG_EXIT.as_secs());
     assert!(LEARNER_SILENT_MAX.as_secs() < LEARNER_STUCK_MAX.as_secs());
+    // The next check after a refill must not refill again.
+    assert!(SCRUB_INTERVAL.as_secs() < HEAL_REST.as_secs());
     assert!(REQUEST_BYTES_MAX + GRPC_OVERHEAD_BYTES <= WAL_RECORD_BYTES_MAX);
     // Two connections that never read must leave the others more than they take.
     assert!(2 * ANSWER_BYTES_PER_CONNECTION_MAX <= ANSWER_BYTES_MAX / 2);

@@ -178,6 +178,9 @@ events! {
     /// This node's promises cannot be trusted; it takes no part in decisions and comes back as a new one.
     Quarantined = 0xc6b3f8e0194d4907b8833fe7b777ef60, ERROR,
         "nothing has to be done while a majority of the other servers runs: this node fills itself again; an older image, a copied card or a lying card is behind this, so replace the card if it happens again";
+    /// So many servers came back without what they had promised that nobody can lead.
+    MajorityForgot = 0x5c1b8d3e7f0a4c62a94fd17be08c6235, ERROR,
+        "put the newest cards back in if they still exist; else stop k3s-server on the server with the newest data, run `k3s-server server --cluster-reset` there, and start it again";
     /// This node was removed from the cluster and has come back.
     NodeRetired = 0x7e0701907fa6e3afd7c4ab4cb5c2d261, ERROR,
         "if it shall be a member again, move its data directory away and start it with `server` and the token";

@@ -226,6 +226,11 @@ impl Transport for Peers {
         })
     }
 
+    fn ready(&self, to: &Member) -> BoxFuture<'static, Result<(), CallError>> {
+        let peer = self.0.member(to);
+        Box::pin(async move { peer?.link(Use::Calls).await.map(drop) })
+    }
+
     fn stream(
         &self,
         to: &Member,

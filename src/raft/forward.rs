@@ -37,7 +37,7 @@ use crate::types::{LogIndex, NodeId, Term};
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// How long the answer of a leader that was replaced is waited for.
-const DEPOSED: Duration = Duration::from_secs(1);
+const DEPOSED: Duration = Duration::from_millis(500);
 
 /// An outcome, and where its command stands in the log.
 #[derive(Clone, Debug, PartialEq)]
@@ -316,6 +316,13 @@ impl Node {
 
     /// One try at the leader.
     async fn forward(&self, leader: &Member, encoded: &Encoded, deadline: Instant) -> Attempt {
+        tokio::select! {
+            // Without a connection nothing leaves: whoever leads instead is asked at once.
+            ready = self.transport().ready(leader) => if let Err(error) = ready {
+                return judge(Err(error));
+            },
+            () = self.replaced(leader.id) => return Attempt::NotEntered(None),
+        }
         let timeout_millis = millis_until(self.env().clock.now(), deadline);
         let request = wire::ProposeRequest { command: encoded.bytes().clone(), timeout_millis };
         let timeout = Duration::from_millis(timeout_millis);
@@ -329,12 +336,17 @@ impl Node {
     /// Completes when this one has not led for a while: one that lost its place in good order still answers, one that is gone or
     /// cut off does not, and its client need not wait until its deadline to hear that nobody knows.
     async fn deposed(&self, leader: NodeId) {
+        self.replaced(leader).await;
+        tokio::time::sleep(DEPOSED).await;
+    }
+
+    /// Completes when somebody else leads.
+    async fn replaced(&self, leader: NodeId) {
         let mut status = self.watch_status();
         let other = |status: &Status| status.leader.is_some_and(|other| other != leader);
         if status.wait_for(other).await.is_err() {
-            return std::future::pending().await;
+            std::future::pending().await
         }
-        tokio::time::sleep(DEPOSED).await;
     }
 
     fn check_backlog(&self) -> Result<(), ProposeError> {

@@ -10,10 +10,10 @@
 //! What to do: `duties`. How members are changed: `change`.
 
 use std::collections::BTreeSet;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use super::change::{Change, ChangeError, Roster};
+use super::change::{Change, ChangeError, Leaving, Roster};
 use super::duties::{Duties, Duty, Peer, View, successor};
 use super::node::Shared;
 use super::{Node, Role, Status};
@@ -35,8 +35,8 @@ const STEP_ASIDE: Duration = Duration::from_secs(2);
 const HAND_OVER: Duration = Duration::from_secs(5);
 
 /// Looks and acts until the node is gone.
-pub(super) async fn run(node: Weak<Shared>, clock: std::sync::Arc<dyn Clock>) {
-    let mut duties = (Term::default(), Duties::default());
+pub(super) async fn run(node: Weak<Shared>, clock: Arc<dyn Clock>, learner_silent_max: Duration) {
+    let mut duties = (Term::default(), Duties::new(learner_silent_max));
     let mut warned = None;
     loop {
         clock.sleep(TICK).await;
@@ -48,7 +48,7 @@ pub(super) async fn run(node: Weak<Shared>, clock: std::sync::Arc<dyn Clock>) {
             continue;
         }
         if duties.0 != status.term {
-            duties = (status.term, Duties::default());
+            duties = (status.term, Duties::new(learner_silent_max));
         }
         node.look_and_act(&mut duties.1).await;
     }
@@ -153,7 +153,7 @@ impl Node {
                 self.change_to_its_end(Change::Replace { old, new }).await
             }
             Duty::GiveUp(id, idle) => {
-                self.change_to_its_end(Change::Remove(id)).await?;
+                self.change_to_its_end(Change::Remove(id, Leaving::GivenUp)).await?;
                 announce!(
                     EventId::LearnerGivenUp,
                     { fields::PEER } = %roster.name(id),
@@ -163,11 +163,8 @@ impl Node {
                 );
                 Ok(())
             }
-            Duty::Retire(id) => {
-                self.retire(id, "removed from the cluster".to_owned()).await;
-                Ok(())
-            }
-            Duty::Evict(id) => self.change_to_its_end(Change::Remove(id)).await,
+            Duty::Retire(id) => self.retire(id, Leaving::Removed.words().to_owned()).await,
+            Duty::Evict(id) => self.change_to_its_end(Change::Remove(id, Leaving::Removed)).await,
         }
     }
 

@@ -60,7 +60,7 @@ use crate::apply::LeaseChange;
 use crate::mvcc::RevisionEvents;
 use crate::types::{ClusterId, LogId, LogIndex, NodeId, Revision, Term};
 
-pub use change::ChangeError;
+pub use change::{ChangeError, Leaving};
 pub use node::{Node, Options, Parts, StartError, StopError};
 pub use quorum::QuorumNumbers;
 pub use stats::{Progress, Stats};

@@ -43,6 +43,8 @@ pub struct Options {
     pub election_min: Duration,
     /// See above. So a leader that died is replaced within twice this, and the time a vote takes.
     pub election_max: Duration,
+    /// A learner that has not answered for so long is given up: [`limits::LEARNER_SILENT_MAX`], unless a test cannot wait.
+    pub learner_silent_max: Duration,
     /// When the store is made durable.
     pub checkpoint: checkpoint::Policy,
 }
@@ -216,7 +218,8 @@ impl Node {
             tasks,
         };
         let shared = Arc::new(shared);
-        tokio::spawn(lead::run(Arc::downgrade(&shared), Arc::clone(&shared.env.clock)));
+        let clock = Arc::clone(&shared.env.clock);
+        tokio::spawn(lead::run(Arc::downgrade(&shared), clock, options.learner_silent_max));
         Ok(Self { shared })
     }
 

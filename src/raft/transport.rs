@@ -147,6 +147,12 @@ pub trait Transport: Send + Sync + 'static {
         timeout: Duration,
     ) -> BoxFuture<'static, Result<Bytes, CallError>>;
 
+    /// Completes when a call would leave at once, or cannot: then nothing has left. A carrier that keeps no connections is always
+    /// ready.
+    fn ready(&self, _to: &Member) -> BoxFuture<'static, Result<(), CallError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Opens a stream. It ends when either side drops its end; how long it may be silent is the caller's business.
     fn stream(
         &self,

@@ -66,6 +66,10 @@ pub struct Machine {
     runs: u32,
     /// On a network of its own.
     pub place: Option<Place>,
+    /// Its configuration says nothing of addresses.
+    pub finds_address: bool,
+    /// More variables for its process.
+    pub environment: Vec<(&'static str, &'static str)>,
 }
 
 impl Machine {
@@ -74,7 +78,17 @@ impl Machine {
         let dir = dir.join(name);
         fs::create_dir_all(&dir).unwrap();
         let db_dir = dir.join("db");
-        Self { name: name.to_owned(), address, dir, db_dir, process: None, runs: 0, place: None }
+        Self {
+            name: name.to_owned(),
+            address,
+            dir,
+            db_dir,
+            process: None,
+            runs: 0,
+            place: None,
+            finds_address: false,
+            environment: Vec::new(),
+        }
     }
 
     pub fn db_dir(&self) -> &Path {
@@ -117,10 +131,15 @@ impl Machine {
     pub fn configure(&self, lines: &str) {
         let Self { name, address, db_dir, .. } = self;
         let db_dir = db_dir.display();
-        let text = format!(
-            "node-name: {name}\nnode-ip: {address}\ndb-dir: {db_dir}\nclient-listen: {address}:2379\n\
-             peer-listen: {address}:2380\nmetrics-listen: {address}:2381\n{lines}"
-        );
+        let addresses = if self.finds_address {
+            String::new()
+        } else {
+            format!(
+                "node-ip: {address}\nclient-listen: {address}:2379\npeer-listen: {address}:2380\n\
+                 metrics-listen: {address}:2381\n"
+            )
+        };
+        let text = format!("node-name: {name}\ndb-dir: {db_dir}\n{addresses}{lines}");
         fs::write(self.config(), text).unwrap();
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
         fs::set_permissions(self.config(), mode).unwrap();
@@ -139,6 +158,7 @@ impl Machine {
         assert!(self.process.is_none(), "{} runs already", self.name);
         let mut command = program();
         command.arg("server").arg("--config").arg(self.config()).args(arguments);
+        command.envs(self.environment.iter().copied());
         self.spawn(&mut command);
     }
 

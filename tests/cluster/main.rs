@@ -22,6 +22,7 @@ mod machine;
 
 mod failures;
 mod flags;
+mod healing;
 mod identity;
 mod joining;
 mod links;

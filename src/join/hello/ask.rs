@@ -19,7 +19,7 @@ use super::book::{HelloBook, Incarnation};
 use super::verdict::{Own, Said, Verdict, decide};
 use super::{answer, wire};
 use crate::env::Env;
-use crate::join::{Identity, Phase};
+use crate::join::Identity;
 use crate::mvcc::Store;
 use crate::proto::node::{HelloReply, HelloRequest, StoredMembership};
 use crate::raft::transport::{CallError, Method, Refused, Transport, WIRE_VERSIONS};
@@ -92,7 +92,7 @@ impl Hello {
             vote: wal.hard_state().vote,
             last: answer::end(&view, wal),
             voters: wire::voters(&membership),
-            joining: matches!(identity.phase, Phase::Joining { .. } | Phase::SettingAside { .. }),
+            joining: identity.phase.joins(),
             wire_versions: WIRE_VERSIONS,
         };
         let request = HelloRequest {

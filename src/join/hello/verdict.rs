@@ -27,6 +27,7 @@ use std::ops::RangeInclusive;
 
 use crate::announce;
 use crate::events::{EventId, fields};
+use crate::raft::Leaving;
 use crate::types::{LogId, NodeId, Vote};
 
 /// Who has a vote. One set, or two while it changes; a majority of each is needed.
@@ -202,6 +203,11 @@ impl Verdict {
                 EventId::Quarantined,
                 { fields::PEER } = %who,
                 "this node has forgotten what it promised: {what} to node {who}"
+            ),
+            Self::Retired { reason, who } if Leaving::may_join_again(reason) => announce!(
+                EventId::LearnerGivenUp,
+                { fields::PEER } = %who,
+                "this node was {reason}, as node {who} says; it joins again under a new id"
             ),
             Self::Retired { reason, who } => announce!(
                 EventId::NodeRetired,
