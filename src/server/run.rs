@@ -303,6 +303,8 @@ async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
     let ended = loop {
         let lived = live(&lives, notifier, &shutdown).await;
         let next = tokio::select! {
+            biased;
+            // How a life ended comes first: whoever fails has asked everybody else to stop.
             next = lives.next(lived) => next,
             _reason = shutdown.begun() => Some(Ok(())),
         };

@@ -137,8 +137,8 @@ impl Member {
                 return reason;
             }
             let status = node.status();
-            if status.role == Role::Learner {
-                // One that was removed before it heard of its own membership knows no other members.
+            // One that was removed before it heard of its own membership knows no members at all.
+            if status.role == Role::Learner || status.members.is_empty() {
                 let known =
                     if status.members.is_empty() { &self.contacts } else { &status.members };
                 for other in known.iter().filter(|other| other.id != status.node) {

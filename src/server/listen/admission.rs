@@ -257,7 +257,7 @@ impl Caps {
             IpAddr::V6(six) if self.yields_after.is_some() && !six.is_loopback() => {
                 IpAddr::V6((six.to_bits() >> 64 << 64).into())
             }
-            address => address,
+            IpAddr::V4(_) | IpAddr::V6(_) => address,
         }
     }
 }
