@@ -60,6 +60,9 @@ pub async fn run_group(
         for subject in compared(subjects) {
             clusters.push(start(group, subject, settings, clusters.len()).await?);
         }
+        for cluster in &clusters {
+            cluster.wait_until_quiet().await?;
+        }
         let card = medium(group, settings, "limit", 0)?;
         let limit = Limit::prepare(&card.path())?;
         slow(&clusters, &card)?;
@@ -291,6 +294,7 @@ async fn idle(group: &Group, subjects: &[Subject], settings: &Settings) -> Resul
         // As many objects as a small cluster has.
         let connections = cluster.connections(3, PATIENCE).await?;
         puts::fill(&connections, 1_500, 1_500).await;
+        cluster.wait_until_quiet().await?;
         for medium in &cluster.media {
             sys::sync_file_system(&medium.path())?;
             medium.slow(true)?;

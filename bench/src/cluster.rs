@@ -54,7 +54,7 @@ impl Cluster {
     ) -> Result<Self, Box<dyn Error>> {
         let addresses: Vec<String> =
             (1..=media.len()).map(|number| subject.address(network, number)).collect();
-        let shared = rig::scratch().join(format!("{}-{network}", subject.name));
+        let shared = rig::scratch().join(format!("cluster-{}-{network}", subject.name));
         fs::create_dir_all(&shared)?;
         let files = subject.prepare(&shared, &addresses, &media[0].path())?;
         let processes = media.iter().map(|_| None).collect();
@@ -182,6 +182,25 @@ impl Cluster {
             clients.push(self.connect(running[index % running.len()], timeout).await?);
         }
         Ok(clients)
+    }
+
+    /// Waits until the cards are: after a start, servers fill and preallocate files for a while.
+    pub async fn wait_until_quiet(&self) -> Result<(), Box<dyn Error>> {
+        const QUIET_BYTES: u64 = 64 << 10;
+        let end = Instant::now() + START_LIMIT;
+        let mut quiet = 0;
+        let mut last = 0;
+        while quiet < 3 && Instant::now() < end {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let mut bytes = 0;
+            for medium in &self.media {
+                sys::sync_file_system(&medium.path())?;
+                bytes += medium.counters()?.bytes;
+            }
+            quiet = if bytes - last < QUIET_BYTES { quiet + 1 } else { 0 };
+            last = bytes;
+        }
+        Ok(())
     }
 
     /// The highest term anybody knows, and who leads.

@@ -197,7 +197,9 @@ fn make_certificates(dir: &Path, addresses: &[String]) -> Result<ClientFiles, Bo
     fs::write(dir.join("ca.crt"), authority.self_signed(&authority_key)?.pem())?;
     let issuer = Issuer::new(authority, authority_key);
     let key = KeyPair::generate()?;
-    let certificate = CertificateParams::new(addresses.to_vec())?.signed_by(&key, &issuer)?;
+    // etcd looks for the address a peer comes from, which is this one.
+    let names: Vec<String> = addresses.iter().cloned().chain(["127.0.0.1".to_owned()]).collect();
+    let certificate = CertificateParams::new(names)?.signed_by(&key, &issuer)?;
     fs::write(dir.join("server.crt"), certificate.pem())?;
     fs::write(dir.join("server.key"), key.serialize_pem())?;
     Ok(ClientFiles {

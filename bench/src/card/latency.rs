@@ -12,7 +12,6 @@ use serde::Deserialize;
 /// A kind of pause the card makes to tidy up.
 #[derive(Clone, Debug, Deserialize)]
 pub struct StallSpec {
-    pub name: String,
     /// mean MiB of host-caused NAND programming between stalls (exponential gaps)
     pub per_mib: Option<f64>,
     /// mean seconds between stalls (exponential gaps); fires on the next write
@@ -24,7 +23,6 @@ pub struct StallSpec {
 /// Numbers of a kind of card; `profiles/` has them with their reasons.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Profile {
-    pub name: String,
     pub cmd_us: f64,
     pub bw_write_mb: f64,
     pub bw_read_mb: f64,
@@ -82,7 +80,6 @@ impl Rng {
 }
 #[derive(Default, Clone, Debug)]
 pub struct StallStat {
-    pub name: String,
     pub count: u64,
     pub total_ms: f64,
     pub max_ms: f64,
@@ -113,9 +110,9 @@ impl Latency {
         for s in &p.stalls {
             next_mib.push(s.per_mib.map(|m| rng.exp(m)).unwrap_or(f64::INFINITY));
             next_s.push(s.per_s.map(|m| rng.exp(m)).unwrap_or(f64::INFINITY));
-            stalls.push(StallStat { name: s.name.clone(), ..Default::default() });
+            stalls.push(StallStat::default());
         }
-        stalls.push(StallStat { name: "injected".into(), ..Default::default() });
+        stalls.push(StallStat::default());
         Latency {
             p,
             rng,
@@ -129,17 +126,6 @@ impl Latency {
             n_in_unit: 0,
             n_switch: 0,
             n_rmw: 0,
-        }
-    }
-    pub fn reset_counters(&mut self) {
-        self.n_seq = 0;
-        self.n_in_unit = 0;
-        self.n_switch = 0;
-        self.n_rmw = 0;
-        for s in &mut self.stalls {
-            s.count = 0;
-            s.total_ms = 0.0;
-            s.max_ms = 0.0;
         }
     }
     fn jitter(&mut self) -> f64 {
