@@ -4,7 +4,7 @@
 #   make test     get what the tests need, and run all of them
 
 .POSIX:
-.PHONY: run test fmt lint bench build setup test-harness transcripts clean-demo
+.PHONY: run test fmt lint bench bench-sd build setup test-harness transcripts clean-demo
 
 run:
 	@.ci/setup build
@@ -28,6 +28,15 @@ lint:
 
 bench:
 	cargo bench
+
+# k3s-server and real etcd side by side on emulated SD cards; as root. bench/README.md has the words.
+#   make bench-sd                      everything: about two hours
+#   make bench-sd QUICK=1              one short round of everything
+#   make bench-sd ONLY=put-64,stall    cases whose names contain one of these
+#   make bench-sd DIR=/mnt/card        one server on a real card instead
+bench-sd: setup build
+	cargo build --release --manifest-path bench/Cargo.toml
+	bench/target/release/bench-sd only=$(ONLY) quick=$(QUICK) dir=$(DIR)
 
 # The API tests against the newest real etcd in our server's place: what fails here is a wrong test.
 test-harness: setup

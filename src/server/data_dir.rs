@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::parts::{self, Mismatch};
+use super::tuning::Tuning;
 use crate::env::Env;
 use crate::join::{Identity, IdentityError};
 use crate::limits;
@@ -178,7 +179,7 @@ impl Locked {
         self,
         env: &Env,
         identity: Identity,
-        linger: std::time::Duration,
+        tuning: &Tuning,
     ) -> Result<DataDir, DataDirError> {
         let Self { path, lock } = self;
         let created = !env
@@ -193,7 +194,8 @@ impl Locked {
         let store = Store::open(env, &path.join(STATE_FILE), &options)?;
         parts::check(env, &path, &store, identity)?;
         let owner = wal::Identity { cluster: identity.cluster, node: identity.node };
-        let options = wal::Options { linger, ..wal::Options::default() };
+        let Tuning { linger, fill_pause, .. } = *tuning;
+        let options = wal::Options { linger, fill_pause, ..wal::Options::default() };
         let (wal, recovery, writer) = Wal::open(env, &wal_dir(&path), owner, options).await?;
         writer.spawn_thread().map_err(|source| directory_error(&path, source))?;
         Ok(DataDir { path, identity, created, space, store, wal, recovery, lock })

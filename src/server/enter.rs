@@ -27,6 +27,7 @@ use super::doorway::OwnCredentials;
 use super::listen::{Listeners, PeerDoors, Security};
 use super::run::{RunError, names, stopped};
 use super::supervise;
+use super::tuning::{Tuning, medium_of, tuning};
 use crate::announce;
 use crate::config::{Config, ServerUrl, Start, TokenSource};
 use crate::critical::{CriticalFlags, FlagsError, gate};
@@ -49,6 +50,8 @@ use crate::wal::Wal;
 
 /// A node that may take part, and everything it holds.
 pub(super) struct Entered {
+    /// What the directory lives on has decided these.
+    pub(super) tuning: Tuning,
     pub(super) dir: DataDir,
     pub(super) pki: Pki,
     pub(super) peers: Peers,
@@ -97,7 +100,8 @@ pub(super) async fn enter(
     let locked = Locked::take(env, &config.db_dir)?;
     let identity = identify(config, env, &locked, &flags).await?;
     let path = locked.path.clone();
-    let dir = locked.open(env, identity, config.wal_linger).await?;
+    let tuning = tuning(config.storage_medium, medium_of(&path), config.wal_linger);
+    let dir = locked.open(env, identity, &tuning).await?;
     supervise::announce_opened(&dir);
 
     let owner = Owner { cluster: identity.cluster, node: identity.node };
@@ -147,6 +151,7 @@ pub(super) async fn enter(
     contacts.retain(|contact| contact.id != member.id);
     let observers = ports.observers;
     Ok(Entered {
+        tuning,
         dir,
         pki,
         peers,

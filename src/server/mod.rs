@@ -33,6 +33,7 @@ mod parts;
 mod run;
 mod settle;
 mod supervise;
+mod tuning;
 mod wal_tools;
 
 pub use dial::Network;
