@@ -37,6 +37,7 @@ mod run;
 mod scrub;
 mod settle;
 mod supervise;
+mod tuning;
 mod wal_tools;
 
 pub use dial::Network;

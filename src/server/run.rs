@@ -30,18 +30,15 @@ use crate::join::hello::Finder;
 use crate::join::reset::ResetRefused;
 use crate::join::token::{EstablishError, FoundingToken, ObtainError};
 use crate::join::{AdoptError, IdentityError, JoinError, Phase, PlanError, flags};
-use crate::limits;
 use crate::metrics::{Metrics, Versions};
 use crate::mvcc::StoreError;
 use crate::observe::grpc;
 use crate::observe::http::{self, Version};
 use crate::observe::logging::{self, Logging, LoggingError};
 use crate::pki::{Names, NamesError, PkiError};
-use crate::raft::checkpoint::Policy;
 use crate::raft::reset::ResetError;
 use crate::raft::{self, Node, Parts, StartError, StopError};
 use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
-use crate::types::ByteCount;
 use crate::watch::{Hub, Limits as WatchLimits};
 
 /// As K3s has it for embedded etcd.
@@ -608,10 +605,7 @@ async fn start_node(
         heartbeat: config.etcd.heartbeat_interval.unwrap_or(HEARTBEAT),
         election_min,
         election_max: election_min * 8 / 5,
-        checkpoint: Policy {
-            interval: limits::CHECKPOINT_INTERVAL,
-            log_bytes: ByteCount::new(limits::CHECKPOINT_LOG_BYTES),
-        },
+        checkpoint: entered.tuning.checkpoint,
     };
     let node = Node::start(parts, &options).await?;
     if dir.identity.phase == Phase::Founding {
