@@ -329,9 +329,10 @@ impl Node {
     /// Completes when this one has not led for a while: one that lost its place in good order still answers, one that is gone or
     /// cut off does not, and its client need not wait until its deadline to hear that nobody knows.
     async fn deposed(&self, leader: NodeId) {
-        let mut status = self.watch_status();
-        let other = |status: &Status| status.leader.is_some_and(|other| other != leader);
-        if status.wait_for(other).await.is_err() {
+        // Not the status: that one changes with every entry, and would wake everybody who waits here.
+        let mut leads = self.watch_leader();
+        let other = |now: &Option<NodeId>| now.is_some_and(|other| other != leader);
+        if leads.wait_for(other).await.is_err() {
             return std::future::pending().await;
         }
         tokio::time::sleep(DEPOSED).await;
@@ -497,7 +498,7 @@ mod tests {
         let member = |id| Member { id: NodeId::new(id), ..Member::default() };
         let status = Status {
             leader: Some(NodeId::new(1)),
-            members: vec![member(1), member(2)],
+            members: vec![member(1), member(2)].into(),
             ..Status::default()
         };
         let tried = |named: Option<u64>| target(&status, named.map(NodeId::new)).map(|m| m.id);
