@@ -40,7 +40,7 @@ use crate::pki::{Names, NamesError, PkiError};
 use crate::raft::checkpoint::Policy;
 use crate::raft::reset::ResetError;
 use crate::raft::{self, Node, Parts, StartError, StopError};
-use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
+use crate::systemd::{Latch, Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
 use crate::types::ByteCount;
 use crate::watch::{Hub, Limits as WatchLimits};
 
@@ -206,7 +206,9 @@ impl RunError {
                 error.is_configuration()
             }
             Self::Join(error) => !error.may_pass(),
-            Self::Token(ObtainError::Token { .. })
+            Self::DataDir(error) if error.is_newer() => true,
+            Self::Incompatible(_)
+            | Self::Token(ObtainError::Token { .. })
             | Self::FoundingToken(_)
             | Self::EstablishToken(EstablishError::Founding(_) | EstablishError::Differs { .. })
             | Self::Plan(_)
@@ -233,7 +235,6 @@ impl RunError {
             | Self::EstablishToken(_)
             | Self::CompareFlags(_)
             | Self::Hello(_)
-            | Self::Incompatible(_)
             | Self::ResetRefused(_)
             | Self::HasReset(_)
             | Self::StartOver
@@ -354,6 +355,24 @@ async fn start(
     notifier: Notifier,
     shutdown: &Shutdown,
 ) -> Result<Running, RunError> {
+    let (mut running, unsettled) = begin(config, env, notifier, shutdown).await?;
+    running.serving.spawn(unsettled.settling.run(unsettled.settled, unsettled.stopping));
+    Ok(running)
+}
+
+/// The last steps of a node that runs already, and whom to tell when they are taken.
+struct Unsettled {
+    settling: Settling,
+    settled: Latch,
+    stopping: watch::Receiver<bool>,
+}
+
+async fn begin(
+    config: &Config,
+    env: &Env,
+    notifier: Notifier,
+    shutdown: &Shutdown,
+) -> Result<(Running, Unsettled), RunError> {
     let (readiness, [settled, serving_latch]) =
         Readiness::new(notifier, ["membership", "client and health ports"]);
     let mut metrics = Metrics::new(versions().0, env.clock.wall());
@@ -369,7 +388,8 @@ async fn start(
     let api = Api::new(live.parts(env, settings, &entered));
     dispatch.takes_part(Taking { node: live.node.clone(), api: api.clone() });
 
-    let settling = settling(env, &live.node, &entered);
+    let settling = settling(env, &live.node, &entered, notifier);
+    let unsettled = Unsettled { settling, settled, stopping: stopping.clone() };
     let finder = Finder {
         cluster: dir.identity.cluster,
         node: dir.identity.node,
@@ -381,7 +401,6 @@ async fn start(
     let Entered { dir, clients, observers, mut serving, member, book, transport, .. } = entered;
     live.serve(&mut serving, settings, api, metrics, clients, observers, &stopping);
     serving_latch.set();
-    serving.spawn(settling.run(notifier, settled, stopping.clone()));
 
     let Live { node, hub, leases } = live;
     serving.spawn(supervise::leave_when_removed(node.clone(), book, transport, stopping.clone()));
@@ -413,10 +432,12 @@ async fn start(
     // Ends with the store; what it does is seen in the store and in the alarm.
     drop(dir.space.spawn_thread(store.clone())?);
     let shutdown = shutdown.clone();
-    Ok(Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock })
+    let running =
+        Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock };
+    Ok((running, unsettled))
 }
 
-fn settling(env: &Env, node: &Node, entered: &Entered) -> Settling {
+fn settling(env: &Env, node: &Node, entered: &Entered, notifier: Notifier) -> Settling {
     let Entered { dir, member, contacts, transport, flags, .. } = entered;
     Settling {
         node: node.clone(),
@@ -427,6 +448,7 @@ fn settling(env: &Env, node: &Node, entered: &Entered) -> Settling {
         flags: Arc::clone(flags),
         path: dir.path.clone(),
         rejoin: enter::Rejoin::of(env, dir),
+        notifier,
     }
 }
 

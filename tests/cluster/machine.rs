@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use k3s_server::versions::PRETEND;
 use serde_json::Value;
 
 use crate::lan::{Place, inside};
@@ -64,6 +65,8 @@ pub struct Machine {
     db_dir: PathBuf,
     process: Option<Process>,
     runs: u32,
+    /// The release that its process pretends to be: see `k3s_server::versions`.
+    pub release: Option<&'static str>,
     /// On a network of its own.
     pub place: Option<Place>,
 }
@@ -74,7 +77,16 @@ impl Machine {
         let dir = dir.join(name);
         fs::create_dir_all(&dir).unwrap();
         let db_dir = dir.join("db");
-        Self { name: name.to_owned(), address, dir, db_dir, process: None, runs: 0, place: None }
+        Self {
+            name: name.to_owned(),
+            address,
+            dir,
+            db_dir,
+            process: None,
+            runs: 0,
+            release: None,
+            place: None,
+        }
     }
 
     pub fn db_dir(&self) -> &Path {
@@ -145,6 +157,9 @@ impl Machine {
     /// Starts this command as the server's process.
     pub fn spawn(&mut self, command: &mut Command) {
         self.runs += 1;
+        if let Some(release) = self.release {
+            command.env(PRETEND, release);
+        }
         let log = self.dir.join(format!("log-{}", self.runs));
         self.process = Some(match self.place {
             None => Process::start(command, &log),

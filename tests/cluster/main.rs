@@ -28,3 +28,4 @@ mod links;
 mod membership;
 mod reset;
 mod serving;
+mod upgrade;
