@@ -649,3 +649,7 @@ fn announce_warnings(problems: &crate::config::Problems) {
         announce!(EventId::ConfigurationWarning, "{problem}");
     }
 }
+
+#[cfg(test)]
+#[path = "cut_tests.rs"]
+mod tests;
