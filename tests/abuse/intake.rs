@@ -119,8 +119,8 @@ async fn four_hundred_of_the_largest_puts_at_once_cost_bounded_memory_and_none_i
 
     // Every acknowledged put is in the history of its key.
     let mut found = BTreeSet::new();
-    let newest = host.kv().range(pb::RangeRequest { key: "small".into(), ..Default::default() });
-    let newest = newest.await.unwrap().into_inner().header.unwrap().revision;
+    let small = pb::RangeRequest { key: "small".into(), ..Default::default() };
+    let newest = host.kv().range(small).await.unwrap().into_inner().header.unwrap().revision;
     for revision in 2..=newest {
         let range = pb::RangeRequest {
             key: "bulk/".into(),
