@@ -70,6 +70,9 @@ pub const REQUESTS_WAITING_PER_CONNECTION_MAX: usize = 96;
 /// See [`REQUESTS_WAITING_PER_CONNECTION_MAX`].
 pub const REQUESTS_WAITING_MAX: usize = 512;
 
+/// Longest that a request waits for room, if its client has so much time.
+pub const REQUEST_WAIT_MAX: Duration = Duration::from_secs(30);
+
 /// A request that has room arrives within this, or the room is for others.
 pub const REQUEST_ARRIVAL_MAX: Duration = Duration::from_secs(30);
 

@@ -164,7 +164,7 @@ struct Metered {
     lane: Lane,
     taken_in: TakenIn,
     clock: Arc<dyn Clock>,
-    /// When the client gives up.
+    /// When the client gives up, if it says so; else it is given the usual time.
     until: Option<Instant>,
     patience: Duration,
     /// Longer messages are refused by their service as soon as it sees their length.
@@ -189,8 +189,9 @@ impl Metered {
         let Some(bytes) = needs else { return };
         // In a stream: the message before has been handled, or will be without this.
         drop(self.taken_in.lock().take());
-        let patience = self.clock.now() + self.patience;
-        let deadline = self.until.map_or(patience, |until| until.min(patience));
+        let now = self.clock.now();
+        let longest = now + limits::REQUEST_WAIT_MAX;
+        let deadline = self.until.map_or(now + self.patience, |until| until.min(longest));
         let lane = self.lane.clone();
         self.waiting = Some(Box::pin(async move { lane.reserve(bytes, deadline).await }));
     }
