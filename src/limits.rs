@@ -57,6 +57,41 @@ pub const ANSWER_BYTES_PER_CONNECTION_MIN: u64 = 16 * KIB;
 /// transaction may ask 128 times for everything there is.
 pub const ANSWER_BYTES_LARGEST: u64 = 1024 * MIB;
 
+/// A request of up to so many bytes is taken in whatever else is on its way: renewals, watches, most reads. The call around it
+/// costs more.
+pub const REQUEST_BYTES_FREE: u64 = 4 * KIB;
+
+/// A request of up to so many bytes is ordinary: larger ones wait for room of their own, and delay no smaller one.
+pub const REQUEST_BYTES_ORDINARY: u64 = 64 * KIB;
+
+/// Ordinary requests that are on their way in or being carried out, of all connections, and of one. Each is in memory about
+/// three times: as it came, as it is proposed, and in the log's batch.
+pub const ORDINARY_BYTES_MAX: u64 = 12 * MIB;
+/// See [`ORDINARY_BYTES_MAX`].
+pub const ORDINARY_BYTES_PER_CONNECTION_MAX: u64 = 4 * MIB;
+
+/// The same of larger ones.
+pub const BULK_BYTES_MAX: u64 = 24 * MIB;
+/// See [`BULK_BYTES_MAX`].
+pub const BULK_BYTES_PER_CONNECTION_MAX: u64 = 8 * MIB;
+
+/// What a client may send of one request before it is wanted, and of all on one connection. Those that wait for room never take up
+/// the connection's: others on it go on, and so do those that have room and are still arriving.
+pub const STREAM_WINDOW_BYTES: u32 = 32 << 10;
+/// See [`STREAM_WINDOW_BYTES`].
+pub const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+
+/// Requests that may wait for room: more are refused at once. Of one connection, and of all.
+pub const REQUESTS_WAITING_PER_CONNECTION_MAX: usize = 96;
+/// See [`REQUESTS_WAITING_PER_CONNECTION_MAX`].
+pub const REQUESTS_WAITING_MAX: usize = 512;
+
+/// Longest that a request waits for room, if its client has so much time.
+pub const REQUEST_WAIT_MAX: Duration = Duration::from_secs(30);
+
+/// A request that has room arrives within this, or the room is for others.
+pub const REQUEST_ARRIVAL_MAX: Duration = Duration::from_secs(30);
+
 /// Largest lease TTL in seconds that etcd accepts.
 pub const LEASE_TTL_SECS_MAX: i64 = 9_000_000_000;
 
@@ -174,6 +209,12 @@ const _: () = {
     assert!(REQUEST_BYTES_MAX + GRPC_OVERHEAD_BYTES <= WAL_RECORD_BYTES_MAX);
     // Two connections that never read must leave the others more than they take.
     assert!(2 * ANSWER_BYTES_PER_CONNECTION_MAX <= ANSWER_BYTES_MAX / 2);
+    // However many requests wait, a quarter of the connection's window is for others.
+    assert!(
+        REQUESTS_WAITING_PER_CONNECTION_MAX as u64 * STREAM_WINDOW_BYTES as u64
+            <= 3 * CONNECTION_WINDOW_BYTES as u64 / 4
+    );
+    assert!(REQUEST_BYTES_MAX + GRPC_OVERHEAD_BYTES <= BULK_BYTES_PER_CONNECTION_MAX);
     // A value, what it was before, and both encoded.
     assert!(4 * REQUEST_BYTES_MAX <= ANSWER_BYTES_PER_CONNECTION_MAX);
     assert!(WAL_BATCH_BYTES_MAX + WAL_RECORD_BYTES_MAX + WAL_BLOCK_BYTES <= WAL_FRAME_BYTES_MAX);

@@ -187,9 +187,11 @@ events! {
     /// Another run of this very node is alive: a copied card.
     NodeDuplicate = 0x947f5b54987b2031cc063f8a39b0ce63, ERROR,
         "stop one of the two; for the copy to become a server of its own, move its data directory away and start it with `server` and the token";
+    /// Data is written in a newer format from now on.
+    FormatRaised = 0x5b1d0f6c3a8e4d27917c46e2f0ab83d4, INFO;
     /// The other members run a release that this one cannot talk to.
     Incompatible = 0x2fd8b947ad137a10b6aeb8acfaa38676, ERROR,
-        "install the release of the other servers here; to upgrade a cluster, upgrade one server after the other";
+        "upgrade the server with the older release; to upgrade a cluster, upgrade one server after the other";
 }
 
 impl fmt::Display for EventId {

@@ -62,6 +62,8 @@ pub(super) struct View {
     pub(super) strangers: BTreeSet<NodeId>,
     /// Members that are written down as gone.
     pub(super) ghosts: BTreeSet<NodeId>,
+    /// The format that the cluster could have, if it has an older one: what every member reads.
+    pub(super) format_due: Option<u32>,
 }
 
 /// What to do.
@@ -86,6 +88,8 @@ pub(super) enum Duty {
     Retire(NodeId),
     /// Remove this member: it is written down as gone.
     Evict(NodeId),
+    /// Write data in this format from now on.
+    RaiseFormat(u32),
 }
 
 /// What is remembered between two looks. Starts anew with every term.
@@ -95,6 +99,7 @@ pub(super) struct Duties {
     silent_max: Duration,
     joint_before: bool,
     strangers_before: BTreeSet<NodeId>,
+    format_due_before: Option<u32>,
     handed_over_at: Option<Instant>,
     progress: BTreeMap<NodeId, Progress>,
 }
@@ -120,6 +125,7 @@ impl Duties {
             silent_max,
             joint_before: false,
             strangers_before: BTreeSet::new(),
+            format_due_before: None,
             handed_over_at: None,
             progress: BTreeMap::new(),
         }
@@ -140,6 +146,9 @@ impl Duties {
         let seen_twice = view.strangers.intersection(&self.strangers_before);
         duties.extend(seen_twice.copied().map(Duty::Retire));
         self.strangers_before.clone_from(&view.strangers);
+        let due_before = std::mem::replace(&mut self.format_due_before, view.format_due);
+        duties
+            .extend(view.format_due.filter(|due| due_before == Some(*due)).map(Duty::RaiseFormat));
         duties
     }
 
@@ -359,6 +368,28 @@ mod tests {
             let view = View { stalled, ..view(&peers) };
             assert_eq!(successor(&view), expected.map(id), "{peers:?} {stalled:?}");
         }
+    }
+
+    #[test]
+    fn format_that_everybody_reads_is_raised_at_the_second_look() {
+        let (mut duties, start) = (Duties::default(), Instant::now());
+        let due = |format_due| View { format_due, ..view(&[voter(2), voter(3)]) };
+        for (format_due, expected) in [
+            (Some(2), vec![]),
+            (Some(2), vec![Duty::RaiseFormat(2)]),
+            (Some(3), vec![]),
+            (None, vec![]),
+            (Some(3), vec![]),
+            (Some(3), vec![Duty::RaiseFormat(3)]),
+        ] {
+            assert_eq!(duties.decide(start, &due(format_due)), expected, "{format_due:?}");
+        }
+        let joint = View { joint: true, ..due(Some(3)) };
+        assert_eq!(
+            duties.decide(start, &joint),
+            [],
+            "while members change nobody is sure who they are"
+        );
     }
 
     #[test]

@@ -169,7 +169,7 @@ impl Node {
         deadline: Instant,
     ) -> Result<Outcome, ProposeError> {
         let _pending = self.counters().proposal();
-        let result = self.propose_by(command.encode(), deadline).await;
+        let result = self.propose_by(command.encode_in(self.format()), deadline).await;
         self.counters().proposed(&result);
         result
     }
@@ -235,7 +235,7 @@ impl Node {
     ) -> Result<Outcome, ProposeError> {
         self.check_backlog()?;
         let _pending = self.counters().proposal();
-        let encoded = command.encode();
+        let encoded = command.encode_in(self.format());
         let mut entered = false;
         let attempts = self.propose_here(&encoded, Some(term), &mut entered);
         let result = match tokio::time::timeout_at(deadline.into(), attempts).await {

@@ -16,11 +16,13 @@ use std::time::Duration;
 use super::change::{Change, ChangeError, Leaving, Roster};
 use super::duties::{Duties, Duty, Peer, View, successor};
 use super::node::Shared;
-use super::{Node, Role, Status};
+use super::{Node, ProposeError, Role, Status};
+use crate::command::Command;
 use crate::env::Clock;
 use crate::events::{EventId, fields};
+use crate::proto::node::{ClusterChange, NodeRecord, RaiseFormat, cluster_change};
 use crate::types::{NodeId, Term};
-use crate::{announce, apply, limits};
+use crate::{announce, apply, limits, versions};
 
 /// How often the leader looks.
 const TICK: Duration = Duration::from_secs(1);
@@ -70,6 +72,17 @@ fn warn_of_even_voters(status: &Status, warned: &mut Option<usize>) {
             voters - 1
         );
     }
+}
+
+/// The format that the cluster could have, if it has an older one. Whoever has not started yet has announced nothing.
+fn format_due(now: u32, members: &BTreeSet<NodeId>, known: &[(NodeId, NodeRecord)]) -> Option<u32> {
+    let reads = |id: &NodeId| {
+        let record = known.iter().find(|(known, _)| known == id);
+        record.map_or(versions::FORMAT_FIRST, |(_, record)| versions::announced(record.format))
+    };
+    // This leader may know less than all others.
+    let newest = members.iter().map(reads).min()?.min(versions::own().format);
+    Some(newest).filter(|newest| now < *newest)
 }
 
 impl Node {
@@ -128,6 +141,7 @@ impl Node {
             peers: peers.collect(),
             strangers: ids(|member, retired| !member && !retired),
             ghosts: ids(|member, retired| member && retired),
+            format_due: format_due(self.format(), &members, &known),
         })
     }
 
@@ -165,7 +179,23 @@ impl Node {
             }
             Duty::Retire(id) => self.retire(id, Leaving::Removed.words().to_owned()).await,
             Duty::Evict(id) => self.change_to_its_end(Change::Remove(id, Leaving::Removed)).await,
+            Duty::RaiseFormat(format) => self.raise_format(format).await,
         }
+    }
+
+    /// Has the cluster write in this format; whether every member reads it is looked at once more where the entry is applied.
+    async fn raise_format(&self, format: u32) -> Result<(), ChangeError> {
+        let release = versions::own().name.to_owned();
+        let raise = cluster_change::Change::RaiseFormat(RaiseFormat { format, release });
+        let command = Command::Cluster(ClusterChange { change: Some(raise) });
+        let deadline = self.env().clock.now() + DUTY;
+        let proposed = self.propose(command, deadline).await;
+        proposed.map(drop).map_err(|error| match error {
+            ProposeError::TimedOut => ChangeError::TimedOut,
+            ProposeError::NoLeader | ProposeError::LeaderChanged => ChangeError::NoLeader,
+            ProposeError::TooManyRequests => ChangeError::Busy,
+            ProposeError::Stopped => ChangeError::Stopped,
+        })
     }
 
     /// Lets `to` lead, as the leader, and returns when somebody else does.

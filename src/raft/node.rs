@@ -24,7 +24,7 @@ use super::transport::{Refused, Transport};
 use super::types::{self, Raft, StoredMembership, TypeConfig};
 use super::{Follow, Member, Role, Status};
 use crate::announce;
-use crate::apply::Operations;
+use crate::apply::{self, Operations};
 use crate::env::Env;
 use crate::events::{EventId, fields};
 use crate::limits;
@@ -170,6 +170,7 @@ impl Node {
         let replay_end = wal.hard_state().last.map_or(LogIndex::new(0), |last| last.index.next());
         let clock = Arc::clone(&env.clock);
         let counters = Arc::new(Counters::new(clock, options.election_min, replay_end));
+        counters.format.store(apply::format(&store.read()?)?.format, Relaxed);
         counters.applied.send_replace(applied.map_or(LogIndex::new(0), |id| id.index));
         let (notes, applied_notes) = mpsc::unbounded_channel();
         let log_store = LogStore::new(wal.clone(), Arc::clone(&mark));
@@ -314,6 +315,11 @@ impl Node {
     /// The log.
     pub fn wal(&self) -> &Wal {
         &self.shared.wal
+    }
+
+    /// The format in which the cluster's data is written, as far as this node knows: never too high.
+    pub fn format(&self) -> u32 {
+        self.shared.counters.format.load(Relaxed)
     }
 
     /// The node's state now.

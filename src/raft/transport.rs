@@ -20,10 +20,6 @@ use super::Member;
 use crate::env::BoxFuture;
 use crate::types::NodeId;
 
-/// Versions of the messages between nodes that this release reads; it writes the last. Raised when an older node would
-/// misunderstand, not for every new field.
-pub const WIRE_VERSIONS: std::ops::RangeInclusive<u32> = 1..=1;
-
 /// A stream that is owned and sent between tasks.
 pub type BoxStream<T> = Pin<Box<dyn Stream<Item = T> + Send>>;
 

@@ -18,10 +18,10 @@ use crate::critical::gate::{self, NotAdmitted};
 use crate::events::EventId;
 use crate::proto::node::admit_reply::Result as Answer;
 use crate::proto::node::{AdmitReply, AdmitRequest};
-use crate::raft::transport::{CallError, Method, Refused, Transport, WIRE_VERSIONS};
+use crate::raft::transport::{CallError, Method, Refused, Transport};
 use crate::raft::{ChangeError, Member, Node, Role, Status};
 use crate::types::NodeId;
-use crate::{announce, apply, limits, raft};
+use crate::{announce, apply, limits, raft, versions};
 
 /// How long the leader works on one admission.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -134,6 +134,15 @@ async fn admit(node: &Node, from: NodeId, request: AdmitRequest) -> Result<Admit
     {
         return Ok(reply(Answer::Retired, known.retired_reason));
     }
+    let (cluster, reads) = (node.format(), versions::announced(request.format));
+    if reads < cluster {
+        let detail = format!(
+            "the cluster's data is in format {cluster}, release {} reads up to {reads}",
+            request.release
+        );
+        announce!(EventId::Incompatible, "{} is not admitted: {detail}", wanted.name);
+        return Ok(reply(Answer::Incompatible, detail));
+    }
     let record = apply::flags(&view).map_err(|error| not_now(error.to_string()))?;
     let _matched = match gate::admission(&record.unwrap_or_default(), &request.flags) {
         Ok(matched) => matched,
@@ -213,9 +222,10 @@ pub(super) fn request(member: &Member, flags: Vec<u8>, replaces: Option<NodeId>)
     AdmitRequest {
         member: Some(raft::wire_member(member)),
         flags: flags.into(),
-        release: env!("CARGO_PKG_VERSION").to_owned(),
-        wire_version: *WIRE_VERSIONS.end(),
+        release: versions::own().name.to_owned(),
+        wire_version: *versions::own().wire.end(),
         replaces: replaces.map_or(0, NodeId::get),
+        format: versions::own().format,
     }
 }
 

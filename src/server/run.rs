@@ -43,7 +43,7 @@ use crate::observe::logging::{self, Logging, LoggingError};
 use crate::pki::{Names, NamesError, PkiError};
 use crate::raft::reset::ResetError;
 use crate::raft::{self, Node, Parts, StartError, StopError};
-use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
+use crate::systemd::{Latch, Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
 use crate::watch::{Hub, Limits as WatchLimits};
 
 /// How long calls under way may take when the server stops.
@@ -211,7 +211,9 @@ impl RunError {
                 error.is_configuration()
             }
             Self::Join(error) => !error.may_pass(),
-            Self::Token(ObtainError::Token { .. })
+            Self::DataDir(error) if error.is_newer() => true,
+            Self::Incompatible(_)
+            | Self::Token(ObtainError::Token { .. })
             | Self::FoundingToken(_)
             | Self::EstablishToken(EstablishError::Founding(_) | EstablishError::Differs { .. })
             | Self::Plan(_)
@@ -238,7 +240,6 @@ impl RunError {
             | Self::EstablishToken(_)
             | Self::CompareFlags(_)
             | Self::Hello(_)
-            | Self::Incompatible(_)
             | Self::ResetRefused(_)
             | Self::HasReset(_)
             | Self::StartOver
@@ -417,7 +418,26 @@ async fn start(
     notifier: Notifier,
     shutdown: &Shutdown,
 ) -> Result<Running, RunError> {
-    let (config, env) = (&lives.config, &lives.env);
+    let (mut running, unsettled) = begin(&lives.config, &lives.env, notifier, shutdown).await?;
+    let stopping = unsettled.stopping.clone();
+    running.serving.spawn(lives.follow_address(stopping));
+    running.serving.spawn(unsettled.settling.run(unsettled.settled, unsettled.stopping));
+    Ok(running)
+}
+
+/// The last steps of a node that runs already, and whom to tell when they are taken.
+struct Unsettled {
+    settling: Settling,
+    settled: Latch,
+    stopping: watch::Receiver<bool>,
+}
+
+async fn begin(
+    config: &Config,
+    env: &Env,
+    notifier: Notifier,
+    shutdown: &Shutdown,
+) -> Result<(Running, Unsettled), RunError> {
     let (readiness, [settled, serving_latch]) =
         Readiness::new(notifier, ["membership", "client and health ports"]);
     let mut metrics = Metrics::new(versions().0, env.clock.wall());
@@ -433,7 +453,8 @@ async fn start(
     let api = Api::new(live.parts(env, settings, &entered));
     dispatch.takes_part(Taking { node: live.node.clone(), api: api.clone() });
 
-    let settling = settling(env, &live.node, &entered);
+    let settling = settling(env, &live.node, &entered, notifier);
+    let unsettled = Unsettled { settling, settled, stopping: stopping.clone() };
     let finder = Finder {
         cluster: dir.identity.cluster,
         node: dir.identity.node,
@@ -448,10 +469,8 @@ async fn start(
     let Entered { dir, clients, observers, mut serving, .. } = entered;
     live.serve(&mut serving, settings, api, metrics, clients, observers, &stopping);
     serving_latch.set();
-    serving.spawn(settling.run(notifier, settled, stopping.clone()));
     serving.spawn(supervise::leave_when_removed(member, stopping.clone()));
     serving.spawn(heal::run(healer, stopping.clone()));
-    serving.spawn(lives.follow_address(stopping.clone()));
 
     let Live { node, hub, leases } = live;
     let mut background = vec![
@@ -475,11 +494,13 @@ async fn start(
     // Ends with the store; what it does is seen in the store and in the alarm.
     drop(dir.space.spawn_thread(store.clone())?);
     let shutdown = shutdown.clone();
-    Ok(Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock })
+    let running =
+        Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock };
+    Ok((running, unsettled))
 }
 
-fn removable(env: &Env, node: &Node, entered: &Entered) -> supervise::Member {
-    supervise::Member {
+fn removable(env: &Env, node: &Node, entered: &Entered) -> supervise::Removable {
+    supervise::Removable {
         node: node.clone(),
         book: Arc::clone(&entered.book),
         transport: Arc::clone(&entered.transport),
@@ -513,7 +534,7 @@ fn scrubber(
     Scrubber { env, store, wal, path, progress, patience, damaged }
 }
 
-fn settling(env: &Env, node: &Node, entered: &Entered) -> Settling {
+fn settling(env: &Env, node: &Node, entered: &Entered, notifier: Notifier) -> Settling {
     let Entered { dir, member, contacts, transport, flags, .. } = entered;
     Settling {
         node: node.clone(),
@@ -524,6 +545,7 @@ fn settling(env: &Env, node: &Node, entered: &Entered) -> Settling {
         flags: Arc::clone(flags),
         path: dir.path.clone(),
         rejoin: enter::Rejoin::of(env, dir),
+        notifier,
     }
 }
 
@@ -722,3 +744,7 @@ fn announce_warnings(problems: &crate::config::Problems) {
         announce!(EventId::ConfigurationWarning, "{problem}");
     }
 }
+
+#[cfg(test)]
+#[path = "cut_tests.rs"]
+mod tests;

@@ -25,10 +25,11 @@ use crate::proto::node::admit_reply::Result as Answer;
 use crate::proto::node::cluster_change::Change;
 use crate::proto::node::cluster_reply::Result as Recorded;
 use crate::proto::node::{AdmitReply, Boot, ClusterChange};
-use crate::raft::transport::{Transport, WIRE_VERSIONS};
+use crate::raft::transport::Transport;
 use crate::raft::{Member, Node, Role};
 use crate::systemd::{Latch, Notifier};
 use crate::types::NodeId;
+use crate::versions;
 
 /// Between two attempts.
 const PAUSE_FIRST: Duration = Duration::from_millis(250);
@@ -52,6 +53,8 @@ pub(super) struct Settling {
     pub(super) path: PathBuf,
     /// Gives the node a new id.
     pub(super) rejoin: Rejoin,
+    /// Hears how far a joiner is.
+    pub(super) notifier: Notifier,
 }
 
 /// What an attempt came to.
@@ -79,11 +82,18 @@ impl From<RunError> for Stop {
 impl Settling {
     /// Takes all steps, opens the latch, and then rests until the server stops: a service that ends is taken for a failure.
     pub(super) async fn run(
-        mut self,
-        notifier: Notifier,
+        self,
         settled: Latch,
         stopping: watch::Receiver<bool>,
     ) -> Result<(), RunError> {
+        self.settle().await?;
+        settled.set();
+        stopped(stopping).await;
+        Ok(())
+    }
+
+    /// Takes all steps.
+    pub(super) async fn settle(mut self) -> Result<(), RunError> {
         let joins = self.identity.phase.joins();
         match self.steps().await {
             Ok(()) => {}
@@ -95,10 +105,8 @@ impl Settling {
             }
         }
         if joins {
-            filled(&self.node, |progress| notifier.status(progress)).await;
+            filled(&self.node, |progress| self.notifier.status(progress)).await;
         }
-        settled.set();
-        stopped(stopping).await;
         Ok(())
     }
 
@@ -180,6 +188,7 @@ impl Settling {
             },
             Answer::NameTaken => Err(RunError::NameTaken(reply.detail).into()),
             Answer::Retired => Err(Stop::Retired(reply.detail)),
+            Answer::Incompatible => Err(RunError::Incompatible(reply.detail).into()),
             Answer::Later | Answer::Unknown => Ok(Step::Again(reply.detail)),
         }
     }
@@ -230,8 +239,9 @@ impl Settling {
             node: self.identity.node.get(),
             epoch: self.identity.epoch,
             name: self.member.name.clone(),
-            release: env!("CARGO_PKG_VERSION").to_owned(),
-            wire_version: *WIRE_VERSIONS.end(),
+            release: versions::own().name.to_owned(),
+            wire_version: *versions::own().wire.end(),
+            format: versions::own().format,
         };
         let command = Command::Cluster(ClusterChange { change: Some(Change::Boot(boot)) });
         let mut unsure = false;

@@ -103,7 +103,7 @@ pub(super) fn announce_retired(reason: &str) {
 }
 
 /// A node that others may have removed.
-pub(super) struct Member {
+pub(super) struct Removable {
     pub(super) node: Node,
     pub(super) book: Arc<HelloBook>,
     pub(super) transport: Arc<dyn Transport>,
@@ -114,7 +114,7 @@ pub(super) struct Member {
 
 /// Ends the server when this node was removed; one that may come back begins anew.
 pub(super) async fn leave_when_removed(
-    member: Member,
+    member: Removable,
     stopping: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
     tokio::select! {
@@ -126,7 +126,7 @@ pub(super) async fn leave_when_removed(
     }
 }
 
-impl Member {
+impl Removable {
     /// Completes when this node is told that it was removed, with the reason. Who removes it cannot tell it: from then on nothing is
     /// sent to it. It learns when it looks for a leader, and a learner, which never does, by asking.
     async fn removed(&self) -> String {
@@ -139,7 +139,7 @@ impl Member {
             let status = node.status();
             // One that was removed before it heard of its own membership knows no members at all.
             if status.role == Role::Learner || status.members.is_empty() {
-                let known =
+                let known: &[raft::Member] =
                     if status.members.is_empty() { &self.contacts } else { &status.members };
                 for other in known.iter().filter(|other| other.id != status.node) {
                     // The refusal is what counts, and it is in the book.

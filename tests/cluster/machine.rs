@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use k3s_server::versions::PRETEND;
 use serde_json::Value;
 
 use crate::lan::{Place, inside};
@@ -64,6 +65,8 @@ pub struct Machine {
     db_dir: PathBuf,
     process: Option<Process>,
     runs: u32,
+    /// The release that its process pretends to be: see `k3s_server::versions`.
+    pub release: Option<&'static str>,
     /// On a network of its own.
     pub place: Option<Place>,
     /// Its configuration says nothing of addresses.
@@ -85,6 +88,7 @@ impl Machine {
             db_dir,
             process: None,
             runs: 0,
+            release: None,
             place: None,
             finds_address: false,
             environment: Vec::new(),
@@ -165,6 +169,9 @@ impl Machine {
     /// Starts this command as the server's process.
     pub fn spawn(&mut self, command: &mut Command) {
         self.runs += 1;
+        if let Some(release) = self.release {
+            command.env(PRETEND, release);
+        }
         let log = self.dir.join(format!("log-{}", self.runs));
         self.process = Some(match self.place {
             None => Process::start(command, &log),

@@ -29,3 +29,4 @@ mod links;
 mod membership;
 mod reset;
 mod serving;
+mod upgrade;

@@ -479,6 +479,7 @@ impl Machine {
             name: self.member().name,
             release: "sim".to_owned(),
             wire_version: 1,
+            format: 1,
         };
         let change = ClusterChange { change: Some(Change::Boot(boot)) };
         let is_member =
