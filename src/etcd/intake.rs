@@ -100,9 +100,8 @@ impl Lane {
         let _own = own.ok_or_else(too_many)?;
         let all = Place::take(&self.waiting_in_all, limits::REQUESTS_WAITING_MAX);
         let _all = all.ok_or_else(too_many)?;
-        account.reserve(bytes, Some(deadline)).await.map_err(|error| match error {
-            EtcdError::TooManyRequests => too_many(),
-            error => error.into(),
+        account.reserve(bytes, Some(deadline)).await.map_err(|error| {
+            if error == EtcdError::TooManyRequests { too_many() } else { error.into() }
         })
     }
 }
