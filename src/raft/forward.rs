@@ -342,9 +342,10 @@ impl Node {
 
     /// Completes when somebody else leads.
     async fn replaced(&self, leader: NodeId) {
-        let mut status = self.watch_status();
-        let other = |status: &Status| status.leader.is_some_and(|other| other != leader);
-        if status.wait_for(other).await.is_err() {
+        // Not the status: that one changes with every entry, and would wake everybody who waits here.
+        let mut leads = self.watch_leader();
+        let other = |now: &Option<NodeId>| now.is_some_and(|other| other != leader);
+        if leads.wait_for(other).await.is_err() {
             std::future::pending().await
         }
     }
@@ -509,7 +510,7 @@ mod tests {
         let member = |id| Member { id: NodeId::new(id), ..Member::default() };
         let status = Status {
             leader: Some(NodeId::new(1)),
-            members: vec![member(1), member(2)],
+            members: vec![member(1), member(2)].into(),
             ..Status::default()
         };
         let tried = |named: Option<u64>| target(&status, named.map(NodeId::new)).map(|m| m.id);

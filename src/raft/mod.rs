@@ -156,8 +156,8 @@ pub struct Status {
     pub committed: LogIndex,
     /// In the store.
     pub applied: LogIndex,
-    /// All members.
-    pub members: Vec<Member>,
+    /// All members. Shared, because a status is copied for many a request.
+    pub members: Arc<[Member]>,
 }
 
 impl Status {

@@ -21,7 +21,7 @@ use super::read::{self, Reader};
 use super::state_machine::{AppliedNote, StateMachine};
 use super::stats::{Counters, Stats};
 use super::transport::{Refused, Transport};
-use super::types::{self, Raft, TypeConfig};
+use super::types::{self, Raft, StoredMembership, TypeConfig};
 use super::{Follow, Member, Role, Status};
 use crate::announce;
 use crate::apply::Operations;
@@ -95,6 +95,8 @@ pub(super) struct Shared {
     env: Env,
     id: NodeId,
     status: watch::Receiver<Status>,
+    /// Whom it follows: a part of `status`, for those who wait for nothing else.
+    leader: watch::Receiver<Option<NodeId>>,
     /// Set when the node cannot go on; says why.
     failure: watch::Receiver<Option<String>>,
     fail: Arc<watch::Sender<Option<String>>>,
@@ -186,7 +188,8 @@ impl Node {
 
         let (fail, failure) = watch::channel(None);
         let fail = Arc::new(fail);
-        let (status, follow) = follow_metrics(&raft, cluster, id, &counters, Arc::clone(&fail));
+        let (followed, follow) = follow_metrics(&raft, cluster, id, &counters, Arc::clone(&fail));
+        let Followed { status, leader } = followed;
         let (checkpoint_requests, requests) = mpsc::unbounded_channel();
         let checkpointer = Checkpointer {
             schedule: Schedule::new(options.checkpoint, env.clock.now(), bytes_written(&wal)),
@@ -208,6 +211,7 @@ impl Node {
             env,
             id,
             status,
+            leader,
             failure,
             fail,
             counters,
@@ -333,6 +337,11 @@ impl Node {
         self.shared.status.clone()
     }
 
+    /// Whom this node follows, and every change of that.
+    pub(super) fn watch_leader(&self) -> watch::Receiver<Option<NodeId>> {
+        self.shared.leader.clone()
+    }
+
     /// Becomes `Some(reason)` when the node cannot go on. Nothing is acknowledged from then on.
     pub fn failure(&self) -> watch::Receiver<Option<String>> {
         self.shared.failure.clone()
@@ -390,24 +399,34 @@ pub enum StopError {
     Log(String),
 }
 
+/// What [`follow_metrics`] keeps up to date.
+struct Followed {
+    status: watch::Receiver<Status>,
+    leader: watch::Receiver<Option<NodeId>>,
+}
+
 /// Translates openraft's metrics into [`Status`], and notices when it died.
-#[allow(clippy::type_complexity, reason = "two receivers and their task")]
 fn follow_metrics(
     raft: &Raft,
     cluster: ClusterId,
     id: NodeId,
     counters: &Arc<Counters>,
     fail: Arc<watch::Sender<Option<String>>>,
-) -> (watch::Receiver<Status>, JoinHandle<()>) {
+) -> (Followed, JoinHandle<()>) {
     let mut metrics = raft.metrics();
     let counters = Arc::clone(counters);
-    let (status_tx, status) = watch::channel(status_of(&metrics.borrow_watched(), cluster, id));
+    let mut roster = Roster::default();
+    let first = status_of(&metrics.borrow_watched(), cluster, id, &mut roster);
+    let (leader_tx, leader) = watch::channel(first.leader);
+    let (status_tx, status) = watch::channel(first);
     let task = tokio::spawn(async move {
         while metrics.changed().await.is_ok() {
             let (next, fatal) = {
                 let now = metrics.borrow_and_update();
-                (status_of(&now, cluster, id), now.running_state.as_ref().err().map(reason))
+                let status = status_of(&now, cluster, id, &mut roster);
+                (status, now.running_state.as_ref().err().map(reason))
             };
+            let leads = next.leader;
             status_tx.send_if_modified(|status| {
                 let changed = *status != next;
                 if next.leader.is_some() && next.leader != status.leader {
@@ -416,12 +435,30 @@ fn follow_metrics(
                 *status = next;
                 changed
             });
+            leader_tx.send_if_modified(|leader| std::mem::replace(leader, leads) != leads);
             if let Some(reason) = fatal {
                 first_reason(&fail, reason);
             }
         }
     });
-    (status, task)
+    (Followed { status, leader }, task)
+}
+
+/// The members as they were translated last: entries come by the thousand, memberships hardly ever.
+#[derive(Default)]
+struct Roster {
+    of: Option<Arc<StoredMembership>>,
+    members: Arc<[Member]>,
+}
+
+impl Roster {
+    fn members(&mut self, now: &Arc<StoredMembership>) -> Arc<[Member]> {
+        if !self.of.as_ref().is_some_and(|of| Arc::ptr_eq(of, now)) {
+            self.members = types::members(now.membership()).into();
+            self.of = Some(Arc::clone(now));
+        }
+        Arc::clone(&self.members)
+    }
 }
 
 /// The first reason stays: what follows are its consequences.
@@ -441,6 +478,7 @@ fn status_of(
     metrics: &openraft::RaftMetrics<TypeConfig>,
     cluster: ClusterId,
     id: NodeId,
+    roster: &mut Roster,
 ) -> Status {
     let role = match metrics.state {
         ServerState::Leader => Role::Leader,
@@ -464,7 +502,7 @@ fn status_of(
         last_index: LogIndex::new(metrics.last_log_index.unwrap_or(0)),
         committed: index(&metrics.local_committed),
         applied: index(&metrics.last_applied),
-        members: types::members(metrics.membership_config.membership()),
+        members: roster.members(&metrics.membership_config),
     }
 }
 

@@ -18,6 +18,7 @@ use thiserror::Error;
 
 use super::mend::{self, CarryOutError, Unmendable};
 use super::parts::{self, Mismatch};
+use super::tuning::Tuning;
 use crate::env::Env;
 use crate::join::{Identity, IdentityError};
 use crate::limits;
@@ -207,7 +208,7 @@ impl Locked {
         self,
         env: &Env,
         identity: Identity,
-        linger: std::time::Duration,
+        tuning: &Tuning,
     ) -> Result<DataDir, DataDirError> {
         let Self { path, lock } = self;
         let created = !env
@@ -222,7 +223,8 @@ impl Locked {
         let store = Store::open(env, &path.join(STATE_FILE), &options)?;
         store.set_room_low(*space.space().borrow() == Space::Low);
         parts::check(env, &path, &store, identity)?;
-        let options = wal::Options { linger, ..wal::Options::default() };
+        let Tuning { linger, fill_pause, .. } = *tuning;
+        let options = wal::Options { linger, fill_pause, ..wal::Options::default() };
         let (wal, recovery, writer) = open_log(env, &path, &store, identity, options).await?;
         parts::reconcile(&wal, store.read()?.applied())?;
         writer.spawn_thread().map_err(|source| directory_error(&path, source))?;

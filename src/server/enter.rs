@@ -29,6 +29,7 @@ use super::listen::{Listeners, PeerDoors, PeersIncoming, Security};
 use super::mend::Unmendable;
 use super::run::{RunError, names, stopped};
 use super::supervise;
+use super::tuning::{Tuning, medium_of, tuning};
 use crate::announce;
 use crate::config::{Config, ServerUrl, Start, TokenSource};
 use crate::critical::{CriticalFlags, FlagsError, gate};
@@ -52,6 +53,8 @@ use crate::wal::Wal;
 
 /// A node that may take part, and everything it holds.
 pub(super) struct Entered {
+    /// What the directory lives on has decided these.
+    pub(super) tuning: Tuning,
     pub(super) dir: DataDir,
     pub(super) pki: Pki,
     pub(super) peers: Peers,
@@ -101,7 +104,8 @@ pub(super) async fn enter(
     let locked = Locked::take(env, &config.db_dir)?;
     let identity = identify(config, env, &locked, &flags).await?;
     let path = locked.path.clone();
-    let dir = match locked.open(env, identity, config.wal_linger).await {
+    let tuning = tuning(config.storage_medium, medium_of(&path), config.wal_linger);
+    let dir = match locked.open(env, identity, &tuning).await {
         Ok(dir) => dir,
         Err(error) => return Err(refill(env, &path, identity, error).await),
     };
@@ -135,6 +139,7 @@ pub(super) async fn enter(
     let Ties { peers, transport, book, dispatch } = ties;
     let observers = ports.observers;
     Ok(Entered {
+        tuning,
         dir,
         pki,
         peers,

@@ -43,6 +43,7 @@ mod settle;
 mod stamp;
 mod stranded;
 mod supervise;
+mod tuning;
 mod wal_tools;
 
 pub use address::of_default_route as address_of_default_route;

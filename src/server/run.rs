@@ -41,11 +41,9 @@ use crate::observe::grpc;
 use crate::observe::http::{self, Version};
 use crate::observe::logging::{self, Logging, LoggingError};
 use crate::pki::{Names, NamesError, PkiError};
-use crate::raft::checkpoint::Policy;
 use crate::raft::reset::ResetError;
 use crate::raft::{self, Node, Parts, StartError, StopError};
 use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
-use crate::types::ByteCount;
 use crate::watch::{Hub, Limits as WatchLimits};
 
 /// How long calls under way may take when the server stops.
@@ -708,10 +706,7 @@ async fn start_node(
         election_min,
         election_max: limits::election_max(election_min),
         learner_silent_max: Patience::of_process().learner_silent,
-        checkpoint: Policy {
-            interval: limits::CHECKPOINT_INTERVAL,
-            log_bytes: ByteCount::new(limits::CHECKPOINT_LOG_BYTES),
-        },
+        checkpoint: entered.tuning.checkpoint,
     };
     let node = Node::start(parts, &options).await?;
     if dir.identity.phase == Phase::Founding {
