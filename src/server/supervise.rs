@@ -139,8 +139,8 @@ impl Removable {
             let status = node.status();
             // One that was removed before it heard of its own membership knows no members at all.
             if status.role == Role::Learner || status.members.is_empty() {
-                let known: &[raft::Member] =
-                    if status.members.is_empty() { &self.contacts } else { &status.members };
+                let known =
+                    if status.members.is_empty() { &*self.contacts } else { &*status.members };
                 for other in known.iter().filter(|other| other.id != status.node) {
                     // The refusal is what counts, and it is in the book.
                     drop(self.transport.call(other, Method::ReadIndex, Bytes::new(), TICK).await);
