@@ -17,7 +17,10 @@ fn three_hosts_become_a_cluster_and_say_so() {
         assert_eq!(host.run(&["systemctl", "--failed", "--no-legend", "list-units"]).trim(), "");
     }
     for host in &lab.hosts {
-        assert_eq!(host.ctl(&["get", "--prefix", "from/", "--print-value-only"]).matches("hello").count(), 3);
+        assert_eq!(
+            host.ctl(&["get", "--prefix", "from/", "--print-value-only"]).matches("hello").count(),
+            3
+        );
         let members = host.ctl(&["member", "list"]);
         assert_eq!(members.matches(", started, ").count(), 3, "{members}");
         tells_a_story(&host.journal());
@@ -27,7 +30,8 @@ fn three_hosts_become_a_cluster_and_say_so() {
 /// The journal can be read from top to bottom.
 fn tells_a_story(journal: &str) {
     let mut rest = journal;
-    for chapter in ["starting, datastore in /var/lib/k3s-server", "leader is pi-", "ready, serving"] {
+    for chapter in ["starting, datastore in /var/lib/k3s-server", "leader is pi-", "ready, serving"]
+    {
         let Some((_, after)) = rest.split_once(chapter) else {
             panic!("{chapter:?} is not there, or too early:\n{journal}");
         };

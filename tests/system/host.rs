@@ -7,6 +7,8 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use crate::layout::root;
 use crate::support::process::Process;
 
@@ -67,24 +69,29 @@ impl Host {
         &self.parts.name
     }
 
-    /// Switches it on, and waits for its systemd to have started everything.
-    pub fn boot(&mut self) {
+    /// Switches it on. From the thread of the test, with which everything it has started ends.
+    pub fn switch_on(&mut self) {
         assert!(self.running.is_none(), "{} is on", self.name());
-        let Parts { name, disk, lower, network, cgroup, .. } = &self.parts;
+        let Parts { disk, lower, network, cgroup, .. } = &self.parts;
         let mut command = Command::new(root().join("tests/system/boot"));
-        command.env("PATH", PATH).arg(name).arg(disk).arg(lower);
+        command.env("PATH", PATH).arg(disk).arg(lower);
         command.arg(format!("/proc/{network}/ns/net")).arg(cgroup);
-        let mut process = Process::start(&mut command, &disk.join("console"));
+        let process = Process::start(&mut command, &disk.join("console"));
+        self.running = Some((process, 0));
+    }
+
+    /// Waits until its systemd has started everything.
+    pub fn booted(&mut self) {
+        let (process, leader) = self.running.as_mut().expect("a host that is on");
         let nspawn = process.pid();
-        let mut leader = None;
         process.wait_until("booted", || {
-            leader = leader.or_else(|| first_process(nspawn));
-            leader.is_some_and(|leader| {
-                let (_, state) = output(&mut inside(leader, &["systemctl", "is-system-running"]));
+            *leader = first_process(nspawn).unwrap_or(0);
+            let asked = &["systemctl", "is-system-running"];
+            *leader != 0 && {
+                let (_, state) = output(&mut inside(*leader, asked));
                 matches!(state.trim(), "running" | "degraded")
-            })
+            }
         });
-        self.running = Some((process, leader.unwrap()));
     }
 
     fn leader(&self) -> u32 {
@@ -101,7 +108,8 @@ impl Host {
     pub fn reboot(&mut self) {
         self.shell("systemctl --no-block reboot");
         assert_eq!(self.ended(), REBOOTED, "{} did not reboot", self.name());
-        self.boot();
+        self.switch_on();
+        self.booted();
     }
 
     /// The plug: everything on it ends at once.
@@ -147,6 +155,18 @@ impl Host {
     /// The unit's messages since the host booted.
     pub fn journal(&self) -> String {
         self.shell(&format!("journalctl --sync; journalctl --no-pager -b -o cat -u {UNIT}"))
+    }
+
+    /// When the unit last said something, in microseconds; of the boot before this one with `-1`.
+    pub fn when(&self, boot: &str, text: &str) -> u64 {
+        let lines =
+            self.shell(&format!("journalctl --sync; journalctl -b {boot} -o json -u {UNIT}"));
+        let mut entries =
+            lines.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let last = entries
+            .find(|entry| entry["MESSAGE"].as_str().is_some_and(|said| said.contains(text)))
+            .unwrap_or_else(|| panic!("{} never said {text:?}", self.name()));
+        last["__REALTIME_TIMESTAMP"].as_str().unwrap().parse().unwrap()
     }
 
     /// Whether the unit is up, which means ready.
@@ -217,7 +237,15 @@ impl Drop for Host {
             self.power_cut();
         }
         for hierarchy in ["", "unified/", "systemd/"] {
-            remove_cgroup(&Path::new("/sys/fs/cgroup").join(hierarchy).join(&self.parts.cgroup));
+            let path = Path::new("/sys/fs/cgroup").join(hierarchy).join(&self.parts.cgroup);
+            // The last process of a host leaves its cgroup a moment after it has ended.
+            for _ in 0..40 {
+                remove_cgroup(&path);
+                if !path.exists() {
+                    break;
+                }
+                thread::sleep(POLL);
+            }
         }
     }
 }

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread;
 
 use tempfile::TempDir;
 
@@ -32,20 +31,23 @@ fn obstacle() -> Option<String> {
     if !tried.is_ok_and(|output| output.status.success()) {
         return Some("hosts with systemd need mount and network namespaces".to_owned());
     }
-    let own_systemd = Path::new("/run/systemd/system").is_dir();
-    let probe = format!("k3s-system-probe-{}", std::process::id());
-    let hierarchies = ["", "unified", "systemd"].map(|name| Path::new("/sys/fs/cgroup").join(name));
-    let mut usable = hierarchies.iter().filter(|path| path.join("cgroup.procs").exists());
-    let writable = usable.all(|path| {
-        let made = fs::create_dir(path.join(&probe)).is_ok();
-        let _ = fs::remove_dir(path.join(&probe));
-        made
-    });
-    let any = hierarchies.iter().any(|path| path.join("cgroup.procs").exists());
-    if !own_systemd && !(any && writable) {
+    if !Path::new("/run/systemd/system").is_dir() && !cgroups_can_be_made() {
         return Some("hosts with systemd need a cgroup hierarchy that can be written".to_owned());
     }
     None
+}
+
+/// Whether every hierarchy that systemd would use takes a new cgroup.
+fn cgroups_can_be_made() -> bool {
+    let probe = format!("k3s-system-probe-{}", std::process::id());
+    let hierarchies = ["", "unified", "systemd"].map(|name| Path::new("/sys/fs/cgroup").join(name));
+    let mut there = hierarchies.iter().filter(|path| path.join("cgroup.procs").exists()).peekable();
+    there.peek().is_some()
+        && there.all(|path| {
+            let made = fs::create_dir(path.join(&probe)).is_ok();
+            let _ = fs::remove_dir(path.join(&probe));
+            made
+        })
 }
 
 /// The tree the hosts boot from, and the package's files above it; `None` with a line that says why.
@@ -95,18 +97,23 @@ impl Lab {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let dir = TempDir::with_prefix_in("lab-", root().join("target/system")).unwrap();
         let switch = hold(&dir.path().join("switch"));
-        network(switch.pid(), "ip link add br0 type bridge && ip addr add 10.88.0.254/24 dev br0 && ip link set br0 up");
+        network(
+            switch.pid(),
+            "ip link add br0 type bridge && ip addr add 10.88.0.254/24 dev br0 && ip link set br0 up",
+        );
         let mut lab = Self { hosts: Vec::new(), switch, networks: Vec::new(), dir };
         for at in 0..count {
             let parts = lab.plug_in(at, number, lower);
             lab.hosts.push(Host::new(parts));
         }
-        thread::scope(|scope| {
-            for host in &mut lab.hosts {
-                scope.spawn(|| host.boot());
-            }
-        });
+        lab.boot_all();
         Some(lab)
+    }
+
+    /// Switches all hosts on at once.
+    pub fn boot_all(&mut self) {
+        self.hosts.iter_mut().for_each(Host::switch_on);
+        self.hosts.iter_mut().for_each(Host::booted);
     }
 
     /// A network for a host, with a cable to the switch.
@@ -131,7 +138,14 @@ impl Lab {
         );
         self.networks.push(own);
         let cgroup = format!("k3s-system-{}-{lab}-{name}", std::process::id());
-        Parts { disk: dir.join(&name), name, address, lower: lower.to_owned(), network: pid, cgroup }
+        Parts {
+            disk: dir.join(&name),
+            name,
+            address,
+            lower: lower.to_owned(),
+            network: pid,
+            cgroup,
+        }
     }
 
     /// Pulls a host's cable.

@@ -20,8 +20,11 @@ pub fn cluster() -> Option<Lab> {
     let token = lab.hosts[0].shell("cat /var/lib/k3s-server/token");
     for host in &lab.hosts[1..] {
         host.write(TOKEN, &token);
-        host.shell(&format!("chgrp k3s-server {TOKEN} && chmod 640 {TOKEN}"));
-        host.write(CONFIG, &format!("server: https://{}:6443\ntoken-file: {TOKEN}\n", lab.hosts[0].parts.address));
+        host.shell(&format!("chown k3s-server {TOKEN} && chmod 600 {TOKEN}"));
+        host.write(
+            CONFIG,
+            &format!("server: https://{}:6443\ntoken-file: {TOKEN}\n", lab.hosts[0].parts.address),
+        );
         host.run(&["systemctl", "enable", "--now", "--no-block", "--quiet", UNIT]);
     }
     for host in &lab.hosts {
@@ -63,9 +66,18 @@ pub fn leader_of(lab: &Lab) -> usize {
 #[derive(Debug)]
 pub struct Written {
     pub acknowledged: u32,
-    pub failed: u32,
+    /// What clients were told instead.
+    pub failed: Vec<String>,
     /// The longest time from one answer to the next.
     pub gap: Duration,
+}
+
+impl Written {
+    /// Leadership changed in the orderly way: a write that was on its way then may be told so, and no other.
+    pub fn assert_went_on(&self) {
+        let known = self.failed.iter().all(|said| said.contains("etcdserver: leader changed"));
+        assert!(known && self.failed.len() <= 1, "{self:#?}");
+    }
 }
 
 /// Writes one value after another through a host while something happens, and reads the last one back.
@@ -84,13 +96,13 @@ pub fn while_writing<T>(through: &Host, happens: impl FnOnce() -> T) -> (Written
 }
 
 fn write_until(through: &Host, stop: &AtomicBool) -> Written {
-    let mut written = Written { acknowledged: 0, failed: 0, gap: Duration::ZERO };
+    let mut written = Written { acknowledged: 0, failed: Vec::new(), gap: Duration::ZERO };
     let mut last = Instant::now();
     while !stop.load(Ordering::Relaxed) || written.acknowledged == 0 {
         let next = (written.acknowledged + 1).to_string();
-        match through.etcdctl(&["put", "written", &next]).0 {
-            0 => written.acknowledged += 1,
-            _ => written.failed += 1,
+        match through.etcdctl(&["put", "written", &next]) {
+            (0, _) => written.acknowledged += 1,
+            (_, said) => written.failed.push(said),
         }
         written.gap = written.gap.max(last.elapsed());
         last = Instant::now();
