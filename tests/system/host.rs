@@ -138,11 +138,11 @@ impl Host {
     }
 
     /// A file as root writes it with an editor.
-    pub fn write(&self, path: &str, text: &str) {
+    pub fn write(&self, path: &str, text: impl AsRef<[u8]>) {
         let line = format!("mkdir -p \"$(dirname {path})\" && cat >{path}");
         let mut command = inside(self.leader(), &["sh", "-ec", &line]);
         let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
-        child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        child.stdin.take().unwrap().write_all(text.as_ref()).unwrap();
         assert!(child.wait().unwrap().success(), "{}: {path}", self.name());
     }
 

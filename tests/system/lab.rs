@@ -50,9 +50,15 @@ fn cgroups_can_be_made() -> bool {
         })
 }
 
+/// Directories below the disks of the hosts.
+struct Trees {
+    package: String,
+    tree: String,
+}
+
 /// The tree the hosts boot from, and the package's files above it; `None` with a line that says why.
-fn trees() -> Option<&'static String> {
-    static TREES: OnceLock<Option<String>> = OnceLock::new();
+fn trees() -> Option<&'static Trees> {
+    static TREES: OnceLock<Option<Trees>> = OnceLock::new();
     let trees = TREES.get_or_init(|| {
         if let Some(obstacle) = obstacle() {
             eprintln!("skipped: {obstacle}");
@@ -66,7 +72,7 @@ fn trees() -> Option<&'static String> {
         let package = root().join("target/system/package");
         let _ = fs::remove_dir_all(&package);
         lay_out(&package);
-        Some(format!("{}:{}", package.display(), tree.display()))
+        Some(Trees { package: package.display().to_string(), tree: tree.display().to_string() })
     });
     trees.as_ref()
 }
@@ -92,8 +98,17 @@ fn network(pid: u32, line: &str) {
 impl Lab {
     /// Boots hosts `pi-1`, `pi-2`, … that have the package and no configuration. `None` where that cannot be.
     pub fn boot(count: usize) -> Option<Self> {
+        let Trees { package, tree } = trees()?;
+        Some(Self::boot_from(count, &format!("{package}:{tree}")))
+    }
+
+    /// The same without the package.
+    pub fn boot_bare(count: usize) -> Option<Self> {
+        Some(Self::boot_from(count, &trees()?.tree))
+    }
+
+    fn boot_from(count: usize, lower: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let lower = trees()?;
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let dir = TempDir::with_prefix_in("lab-", root().join("target/system")).unwrap();
         let switch = hold(&dir.path().join("switch"));
@@ -107,7 +122,7 @@ impl Lab {
             lab.hosts.push(Host::new(parts));
         }
         lab.boot_all();
-        Some(lab)
+        lab
     }
 
     /// Switches all hosts on at once.

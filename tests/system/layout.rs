@@ -90,4 +90,9 @@ fn package_lists_what_the_daemon_needs_and_nothing_below_etc_or_var() {
         let there = source.starts_with("target/") || source.contains('*');
         assert!(there || root().join(source).is_file(), "{source} is not there");
     }
+    for entry in fs::read_dir(root().join("systemd")).unwrap() {
+        let path = entry.unwrap().path();
+        let packaged = assets.iter().any(|asset| sources(&asset.source).contains(&path));
+        assert!(packaged, "{} is not packaged", path.display());
+    }
 }

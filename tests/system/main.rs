@@ -23,6 +23,7 @@ mod story;
 mod forming;
 mod mismatches;
 mod network;
+mod package;
 mod rebooting;
 mod upgrading;
 mod watchdog;

@@ -23,7 +23,7 @@ pub fn cluster() -> Option<Lab> {
         host.shell(&format!("chown k3s-server {TOKEN} && chmod 600 {TOKEN}"));
         host.write(
             CONFIG,
-            &format!("server: https://{}:6443\ntoken-file: {TOKEN}\n", lab.hosts[0].parts.address),
+            format!("server: https://{}:6443\ntoken-file: {TOKEN}\n", lab.hosts[0].parts.address),
         );
         host.run(&["systemctl", "enable", "--now", "--no-block", "--quiet", UNIT]);
     }
