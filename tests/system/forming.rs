@@ -1,6 +1,6 @@
 //! Three hosts, a text editor and `systemctl start`.
 
-use crate::host::UNIT;
+use crate::host::{UNIT, until};
 use crate::lab::Lab;
 use crate::story::{CONFIG, cluster, found, leader_of};
 
@@ -24,6 +24,29 @@ fn three_hosts_become_a_cluster_and_say_so() {
         let members = host.ctl(&["member", "list"]);
         assert_eq!(members.matches(", started, ").count(), 3, "{members}");
         tells_a_story(&host.journal());
+    }
+}
+
+#[test]
+fn servers_that_start_before_the_first_one_wait_for_it() {
+    let Some(lab) = Lab::boot(3) else { return };
+    let [first, others @ ..] = &lab.hosts[..] else { unreachable!("three hosts") };
+    let token = "token: a-long-random-text\n";
+    let hosts = format!("{} pi-1.local\n", first.parts.address);
+    for host in others {
+        host.write("/etc/hosts", &hosts);
+        host.write(CONFIG, format!("server: https://pi-1.local:6443\n{token}"));
+        host.run(&["systemctl", "start", "--no-block", UNIT]);
+    }
+    for host in others {
+        until("it tries", || host.journal().contains("joining through https://pi-1.local:6443"));
+        assert!(!host.is_active());
+    }
+    first.write(CONFIG, format!("cluster-init: true\n{token}"));
+    first.run(&["systemctl", "start", UNIT]);
+    for host in others {
+        host.ready();
+        host.says("of 3 servers");
     }
 }
 

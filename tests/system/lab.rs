@@ -50,6 +50,22 @@ fn cgroups_can_be_made() -> bool {
         })
 }
 
+/// Whether a host's disk can lie above the tree: not on every file system, and not in every container.
+fn try_overlay(tree: &Path) -> Result<(), String> {
+    fs::create_dir_all(root().join("target/system")).map_err(|error| error.to_string())?;
+    let dir = TempDir::with_prefix_in("probe-", root().join("target/system"));
+    let dir = dir.map_err(|error| error.to_string())?;
+    let line = "mkdir upper work root && \
+                mount -t overlay probe -o \"lowerdir=$1,upperdir=upper,workdir=work\" root && touch root/probe";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-ec", line, "sh"]).arg(tree).current_dir(dir.path());
+    let output = command.output().map_err(|error| error.to_string())?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+}
+
 /// Directories below the disks of the hosts.
 struct Trees {
     package: String,
@@ -65,8 +81,12 @@ fn trees() -> Option<&'static Trees> {
             return None;
         }
         let tree = root().join("target/trees/host");
-        if !tree.join(".complete").exists() {
+        if !tree.with_extension("complete").exists() {
             skip("no tree for hosts with systemd; .ci/setup makes it");
+            return None;
+        }
+        if let Err(error) = try_overlay(&tree) {
+            eprintln!("skipped: hosts with systemd need overlays on this file system: {error}");
             return None;
         }
         let package = root().join("target/system/package");
