@@ -10,7 +10,7 @@ fn wrong_setting_fails_once_with_78_and_the_table_is_in_status_and_journal() {
     let right = host.shell(&format!("cat {CONFIG}"));
     host.put("before", "1");
     host.run(&["systemctl", "stop", UNIT]);
-    host.write(CONFIG, &format!("{right}service-cidr: 10.99.0.0/16\ndisable: traefik\n"));
+    host.write(CONFIG, format!("{right}service-cidr: 10.99.0.0/16\ndisable: traefik\n"));
 
     let (status, _) = host.command(&["systemctl", "start", UNIT]);
     assert_ne!(status, 0, "it started");
