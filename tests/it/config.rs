@@ -389,9 +389,9 @@ const EXAMPLE_HEAD: &str = "\
 # [upstream k3s] are checked here and kept for upstream k3s.
 #
 # The smallest useful files:
-#   first server:    token: \"a long random text\"
+#   first server:    token: a-long-random-text
 #                    cluster-init: true
-#   other servers:   token: \"the same text\"
+#   other servers:   token: the-same-long-random-text
 #                    server: \"https://first-server:6443\"
 ";
 
