@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::net::{IpAddr, UdpSocket};
+use std::path::{Path, PathBuf};
 
 use crate::config::keys::KEYS;
 use crate::config::{Host, Paths, Variables};
@@ -32,6 +33,8 @@ impl World {
         let host = Host {
             name: nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()),
             address: default_address(),
+            token_credential: std::env::var_os("CREDENTIALS_DIRECTORY")
+                .and_then(|directory| token_credential(Path::new(&directory))),
         };
         Self {
             arguments: std::env::args_os().collect(),
@@ -43,6 +46,14 @@ impl World {
     }
 }
 
+/// Names of the unit's credentials that may hold the token: the plain one, and the one that was sealed to this machine.
+const TOKEN_CREDENTIALS: [&str; 2] = ["token", "token-sealed"];
+
+/// The first credential that systemd found.
+fn token_credential(directory: &Path) -> Option<PathBuf> {
+    TOKEN_CREDENTIALS.iter().map(|name| directory.join(name)).find(|path| path.exists())
+}
+
 /// The address from which the default route starts. Asking the kernel for a route to an address set aside for
 /// documentation sends nothing.
 fn default_address() -> Option<IpAddr> {
@@ -52,4 +63,19 @@ fn default_address() -> Option<IpAddr> {
         Some(socket.local_addr().ok()?.ip())
     };
     from("0.0.0.0:0", "192.0.2.1:9").or_else(|| from("[::]:0", "[2001:db8::1]:9"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_credential_comes_before_the_sealed_one() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(token_credential(dir.path()), None);
+        std::fs::write(dir.path().join("token-sealed"), "x").unwrap();
+        assert_eq!(token_credential(dir.path()), Some(dir.path().join("token-sealed")));
+        std::fs::write(dir.path().join("token"), "x").unwrap();
+        assert_eq!(token_credential(dir.path()), Some(dir.path().join("token")));
+    }
 }
