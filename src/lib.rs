@@ -8,6 +8,7 @@ pub mod mutants;
 pub mod proto;
 pub mod types;
 
+pub mod board;
 pub mod env;
 pub mod metrics;
 
@@ -33,6 +34,7 @@ pub mod backup;
 pub mod etcd;
 pub mod join;
 
+pub mod bus;
 pub mod observe;
 
 pub mod admin;

@@ -8,8 +8,9 @@ use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
+use super::cockpit::Cockpit;
 use super::collect::NodeMetrics;
-use super::data_dir::{DataDirError, Lock};
+use super::data_dir::{DataDir, DataDirError, Lock};
 use super::dispatch::Taking;
 use super::enter::{self, Entered, enter};
 use super::follow::{LeaseClocks, Watchers};
@@ -19,7 +20,7 @@ use super::listen::{Caps, ListenError, Listeners};
 use super::membership::NodeMembership;
 use super::scrub::{self, ScrubMetrics, Scrubber};
 use super::settle::Settling;
-use super::{backup, supervise};
+use super::{backup, desk, figures, neighbour, supervise};
 use crate::announce;
 use crate::config::{Config, Loaded, Quota, Severity};
 use crate::critical::FlagsError;
@@ -31,16 +32,20 @@ use crate::join::reset::ResetRefused;
 use crate::join::token::{EstablishError, FoundingToken, ObtainError};
 use crate::join::{AdoptError, IdentityError, JoinError, Phase, PlanError, flags};
 use crate::limits;
-use crate::metrics::{Metrics, Versions};
+use crate::metrics::{Metrics, Versions, process};
 use crate::mvcc::StoreError;
 use crate::observe::grpc;
 use crate::observe::http::{self, Version};
-use crate::observe::logging::{self, Logging, LoggingError};
+use crate::observe::logging::{self, Logging, LoggingError, Logs, Output};
+use crate::observe::repeat::Repeats;
 use crate::pki::{Names, NamesError, PkiError};
 use crate::raft::checkpoint::Policy;
 use crate::raft::reset::ResetError;
 use crate::raft::{self, Node, Parts, StartError, StopError};
-use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
+use crate::systemd::{
+    Notifier, Phase as ServerPhase, Phases, Pulse, Readiness, Shutdown, StopReason, Watchdog,
+    extend_while_moving,
+};
 use crate::types::ByteCount;
 use crate::watch::{Hub, Limits as WatchLimits};
 
@@ -49,6 +54,10 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 /// Shorter than K3s' 5 s, which is there for cards that pause: here no heartbeat waits for a card. A follower trusts a silent leader
 /// for the longest of these, and then waits once more, so a new leader is there within four seconds and a vote's barrier.
 const ELECTION_MIN: Duration = Duration::from_millis(1_250);
+
+/// What `k3s-server` exits with: `cli` decides it, and this is only told.
+const EXIT_FAILED: u8 = 1;
+const EXIT_CONFIGURATION: u8 = 78;
 
 /// How long calls under way may take when the server stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -78,6 +87,15 @@ pub enum RunError {
     /// An address cannot be listened on.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// Upstream k3s has the port, for an etcd of its own.
+    #[error("{source}; {unit} keeps its own etcd there")]
+    Upstream {
+        /// Its unit, and what it does.
+        unit: String,
+        /// What was tried.
+        #[source]
+        source: ListenError,
+    },
     /// The services could not be put together.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -159,6 +177,7 @@ impl RunError {
             Self::DataDir(error) => Some(error.remedy()),
             Self::Pki(error) => Some(error.remedy().to_owned()),
             Self::Listen(error) => Some(error.remedy()),
+            Self::Upstream { .. } => EventId::UpstreamConflict.remedy().map(str::to_owned),
             Self::Join(error) => Some(error.remedy().to_owned()),
             Self::Token(error) => Some(error.remedy()),
             Self::FoundingToken(error) => Some(error.remedy().to_owned()),
@@ -217,6 +236,7 @@ impl RunError {
             | Self::ResetRefused(ResetRefused::Done { .. })
             | Self::Names(_)
             | Self::Logging(_)
+            | Self::Upstream { .. }
             | Self::DataDir(DataDirError::NotADirectory { .. })
             | Self::Listen(ListenError::PlainExposed { .. })
             | Self::Start(StartError::Timing(_)) => true,
@@ -244,13 +264,65 @@ impl RunError {
     }
 }
 
+/// How a server ended that did not end well.
+#[derive(Debug)]
+pub struct Ended {
+    /// Why.
+    pub error: RunError,
+    /// The journal has it already, with its number and the remedy: no need to print it once more.
+    pub told: bool,
+}
+
 /// Runs a server until it is told to stop or cannot go on.
-pub fn run(loaded: &Loaded) -> Result<(), RunError> {
+pub fn run(loaded: &Loaded) -> Result<(), Ended> {
     let config = &loaded.config;
     let filter = std::env::var("K3S_SERVER_LOG").ok();
     // Dropped last: what is still queued for the journal is written then.
-    let _logs = logging::init(&Logging { debug: config.debug, filter })?;
+    let logs = logging::init(&Logging { debug: config.debug, filter })
+        .map_err(|error| Ended { error: error.into(), told: false })?;
     announce_warnings(&loaded.problems);
+    let ended = run_to_the_end(loaded, &logs);
+    ended.map_err(|error| Ended { told: logs.output == Output::Journal && tell(&error), error })
+}
+
+/// Says in the journal that the configuration cannot be used; `false` where nobody reads that, so that it has to be printed.
+pub fn refuse(problems: &str) -> bool {
+    let Ok(logs) = logging::init(&Logging::default()) else { return false };
+    let is_journal = logs.output == Output::Journal;
+    if is_journal {
+        announce!(EventId::ConfigurationError, "the configuration cannot be used\n{problems}");
+    }
+    is_journal
+}
+
+/// Says it with its number.
+fn tell(error: &RunError) -> bool {
+    match error {
+        RunError::Listen(listen) => {
+            let address = listen.address().to_string();
+            announce!(
+                EventId::ListenFailed,
+                { fields::ADDRESS } = address,
+                { fields::REASON } = %listen,
+                "{listen}\n  fix: {}",
+                listen.remedy()
+            );
+        }
+        RunError::Upstream { .. } => announce!(EventId::UpstreamConflict, "{error}"),
+        // Told where it happened, in detail; the table is for `systemctl status` as well.
+        error if error.is_configuration() => {
+            let fix = error.remedy().map_or_else(String::new, |fix| format!("\n  fix: {fix}"));
+            announce!(EventId::ConfigurationError, "{error}{fix}");
+        }
+        error => {
+            let fix = error.remedy().map_or_else(String::new, |fix| format!("\n  fix: {fix}"));
+            announce!(EventId::Failed, { fields::REASON } = %error, "{error}{fix}");
+        }
+    }
+    true
+}
+
+fn run_to_the_end(loaded: &Loaded, logs: &Logs) -> Result<(), RunError> {
     // Two to four slow cores: more threads would only take turns. Blocking work has its own.
     let workers = std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4));
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -259,7 +331,18 @@ pub fn run(loaded: &Loaded) -> Result<(), RunError> {
         .thread_name("k3s-server")
         .enable_all()
         .build()?;
-    runtime.block_on(serve(config, host::env()))
+    runtime.block_on(serve(loaded, host::env(), logs.repeats.clone()))
+}
+
+/// What every life of a server shares.
+struct Stage<'a> {
+    config: &'a Config,
+    env: Env,
+    notifier: Notifier,
+    shutdown: Shutdown,
+    phases: Phases,
+    cockpit: Arc<Cockpit>,
+    repeats: Repeats,
 }
 
 /// A server that runs, and what is needed to stop it.
@@ -274,72 +357,107 @@ struct Running {
     _lock: Lock,
 }
 
-async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
-    let shutdown = Shutdown::new();
-    let signals = shutdown.on_signals()?;
-    let notifier = Notifier::from_environment();
+async fn serve(loaded: &Loaded, env: Env, repeats: Repeats) -> Result<(), RunError> {
+    let (config, phases) = (&loaded.config, Phases::from_environment());
+    let stage = Stage {
+        config,
+        notifier: Notifier::from_environment(),
+        shutdown: Shutdown::new(),
+        cockpit: Arc::new(Cockpit::new(loaded, &env, &phases)?),
+        env,
+        phases,
+        repeats,
+    };
+    let signals = stage.shutdown.on_signals()?;
     announce!(
         EventId::Starting,
         { fields::NODE } = config.node_name.as_str(),
+        { fields::VERSION } = env!("CARGO_PKG_VERSION"),
         "k3s-server {} starting, datastore in {}",
         env!("CARGO_PKG_VERSION"),
         config.db_dir.display()
     );
+    stage.phases.set(ServerPhase::Opening, "opening its log and state");
+    let desk = tokio::spawn(desk::run(Arc::clone(&stage.cockpit), stage.env.clone()));
+    let ended = lives(&stage).await;
+    match &ended {
+        Ok(()) => stage.phases.set(ServerPhase::Stopping, "stopped"),
+        Err(error) => {
+            let exit = if error.is_configuration() { EXIT_CONFIGURATION } else { EXIT_FAILED };
+            stage.phases.failed(exit, error.to_string());
+        }
+    }
+    desk.abort();
+    signals.abort();
+    ended
+}
+
+/// One life after the other.
+async fn lives(stage: &Stage<'_>) -> Result<(), RunError> {
+    let clock = &stage.env.clock;
     let mut closing_until = None;
     loop {
-        let lived = live(config, &env, notifier, &shutdown).await;
-        match lived {
+        match live(stage).await {
             // A node that has to become another one begins anew, in the same process.
-            Err(RunError::StartOver) => closing_until = Some(env.clock.now() + CLOSING_MAX),
+            Err(RunError::StartOver) => closing_until = Some(clock.now() + CLOSING_MAX),
             Err(RunError::Listen(ListenError::InUse { .. }))
-                if closing_until.is_some_and(|until| env.clock.now() < until) =>
+                if closing_until.is_some_and(|until| clock.now() < until) =>
             {
-                env.clock.sleep(CLOSING_POLL).await;
+                clock.sleep(CLOSING_POLL).await;
+            }
+            Err(RunError::Listen(error @ ListenError::InUse { .. })) => {
+                return Err(neighbour::explain(error).await);
             }
             Err(RunError::HasReset(guidance)) => {
                 tracing::info!("{guidance}");
-                signals.abort();
                 return Ok(());
             }
-            lived => {
-                signals.abort();
-                return lived;
-            }
+            lived => return lived,
         }
     }
 }
 
+/// Bytes that this process has handed to the card: what grows while a start or a stop gets somewhere.
+fn bytes_written() -> Option<u64> {
+    process::read().written_bytes
+}
+
 /// One life of a node: from taking the ports to the end.
-async fn live(
-    config: &Config,
-    env: &Env,
-    notifier: Notifier,
-    shutdown: &Shutdown,
-) -> Result<(), RunError> {
-    let starting = start(config, env, notifier, shutdown);
+async fn live(stage: &Stage<'_>) -> Result<(), RunError> {
     let mut running = tokio::select! {
-        started = starting => started?,
+        started = start(stage) => started?,
         // A node that waits for others, perhaps for hours, can be told to stop.
-        reason = shutdown.begun() => {
-            announce!(EventId::Stopping, "stopping before this node took part: {reason}");
+        reason = stage.shutdown.begun() => {
+            announce!(
+                EventId::Stopping,
+                { fields::REASON } = %reason,
+                "stopping before this node took part: {reason}"
+            );
             return Ok(());
+        }
+        () = extend_while_moving(stage.notifier, &*stage.env.clock, bytes_written) => {
+            unreachable!("asks for time until it is dropped")
         }
     };
     let (reason, error) = wait(&mut running).await;
     let starts_over = matches!(error, Some(RunError::StartOver));
     if !starts_over {
-        notifier.stopping();
-        announce!(EventId::Stopping, "stopping: {reason}");
+        stage.notifier.stopping();
+        stage.phases.set(ServerPhase::Stopping, reason.to_string());
+        announce!(EventId::Stopping, { fields::REASON } = %reason, "stopping: {reason}");
     }
-    let stopped = stop(running).await;
+    stage.cockpit.show(None);
+    let stopped = tokio::select! {
+        stopped = stop(running) => stopped,
+        () = extend_while_moving(stage.notifier, &*stage.env.clock, bytes_written) => {
+            unreachable!("asks for time until it is dropped")
+        }
+    };
     if let Some(error) = error {
         return Err(error);
     }
     match reason {
-        StopReason::Failed(what) => {
-            announce!(EventId::Failed, "stopped because a part failed: {what}");
-            Err(RunError::Failed(what))
-        }
+        StopReason::Failed(what) => Err(RunError::Failed(what)),
         StopReason::Signal(_) | StopReason::Requested(_) => {
             stopped?;
             announce!(EventId::Stopped, "stopped; everything is on the card");
@@ -348,21 +466,19 @@ async fn live(
     }
 }
 
-async fn start(
-    config: &Config,
-    env: &Env,
-    notifier: Notifier,
-    shutdown: &Shutdown,
-) -> Result<Running, RunError> {
+async fn start(stage: &Stage<'_>) -> Result<Running, RunError> {
+    let Stage { config, env, notifier, shutdown, phases, cockpit, .. } = stage;
     let (readiness, [settled, serving_latch]) =
-        Readiness::new(notifier, ["membership", "client and health ports"]);
+        Readiness::new(*notifier, ["membership", "client and health ports"]);
     let mut metrics = Metrics::new(versions().0, env.clock.wall());
     let (stop_serving, stopping) = watch::channel(false);
-    let entered = enter(config, env, &metrics, &stopping).await?;
+    let entered = enter(config, env, &metrics, phases, &stopping).await?;
     let Entered { dir, pki, peers, transport, dispatch, flags, .. } = &entered;
     enter::announce_client_files(pki);
     metrics.collect(peers.clone());
     let live = Live::start(config, env, &entered).await?;
+    cockpit.show(Some(live.node.clone()));
+    phases.set(ServerPhase::Settling, "taking part, not up to date yet");
     let settings = settings(config);
     let scrubbing = Arc::new(scrub::Progress::default());
     metrics.collect(ScrubMetrics(Arc::clone(&scrubbing)));
@@ -381,39 +497,57 @@ async fn start(
     let Entered { dir, clients, observers, mut serving, member, book, transport, .. } = entered;
     live.serve(&mut serving, settings, api, metrics, clients, observers, &stopping);
     serving_latch.set();
-    serving.spawn(settling.run(notifier, settled, stopping.clone()));
+    serving.spawn(settling.run(*notifier, settled, stopping.clone()));
 
     let Live { node, hub, leases } = live;
     serving.spawn(supervise::leave_when_removed(node.clone(), book, transport, stopping.clone()));
     let addresses = member.client_urls.join(", ");
+    let ready =
+        supervise::announce_ready(readiness, *notifier, phases.clone(), node.clone(), addresses);
     let mut background = vec![
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
-        tokio::spawn(supervise::report_status(node.clone(), notifier)),
-        tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
-        tokio::spawn(supervise::keep_space_alarm(node.clone(), dir.space.space())),
-        tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
-        tokio::spawn(scrub::run(Scrubber {
-            env: env.clone(),
-            store: dir.store.clone(),
-            wal: dir.wal.clone(),
-            path: dir.path.clone(),
-            progress: scrubbing,
-        })),
-        tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
+        tokio::spawn(supervise::keep_certificates(pki, cockpit.names.subscribe())),
+        tokio::spawn(scrub::run(scrubber(env, &dir, scrubbing))),
+        tokio::spawn(ready),
         tokio::spawn(supervise::find_lost(node.clone(), peers.clone(), finder)),
         tokio::spawn(supervise::forget_removed(node.clone(), peers)),
         tokio::spawn(flags::follow(node.clone(), own_flags, path)),
     ];
-    if let Some(watchdog) = Watchdog::from_environment() {
-        let pulse = Pulse::new(Arc::clone(&env.clock));
-        background.push(tokio::spawn(supervise::pulse(node.clone(), pulse.clone())));
-        background.push(tokio::spawn(watchdog.feed(notifier, pulse, shutdown.clone())));
-    }
+    background.extend(watch_over(&node, stage, &dir));
     let store = dir.store;
     // Ends with the store; what it does is seen in the store and in the alarm.
     drop(dir.space.spawn_thread(store.clone())?);
     let shutdown = shutdown.clone();
     Ok(Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock })
+}
+
+fn scrubber(env: &Env, dir: &DataDir, progress: Arc<scrub::Progress>) -> Scrubber {
+    Scrubber {
+        env: env.clone(),
+        store: dir.store.clone(),
+        wal: dir.wal.clone(),
+        path: dir.path.clone(),
+        progress,
+    }
+}
+
+/// The tasks that look at a running node, and tell systemd and the journal.
+fn watch_over(node: &Node, stage: &Stage<'_>, dir: &DataDir) -> Vec<JoinHandle<()>> {
+    let Stage { env, notifier, shutdown, repeats, .. } = stage;
+    let mut tasks = vec![
+        tokio::spawn(figures::report_status(node.clone(), *notifier)),
+        tokio::spawn(figures::report_alarms(node.clone())),
+        tokio::spawn(figures::keep_count(env.clone(), repeats.clone())),
+        tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
+        tokio::spawn(supervise::keep_space_alarm(node.clone(), dir.space.space())),
+        tokio::spawn(supervise::hang_on_signal(node.clone())),
+    ];
+    if let Some(watchdog) = Watchdog::from_environment() {
+        let pulse = Pulse::new(Arc::clone(&env.clock));
+        tasks.push(tokio::spawn(supervise::pulse(node.clone(), pulse.clone())));
+        tasks.push(tokio::spawn(watchdog.feed(*notifier, pulse, shutdown.clone())));
+    }
+    tasks
 }
 
 fn settling(env: &Env, node: &Node, entered: &Entered) -> Settling {
@@ -624,6 +758,10 @@ async fn start_node(
 /// Says what was wrong with the configuration without being an error.
 fn announce_warnings(problems: &crate::config::Problems) {
     for problem in problems.iter().filter(|problem| problem.severity == Severity::Warning) {
-        announce!(EventId::ConfigurationWarning, "{problem}");
+        announce!(
+            EventId::ConfigurationWarning,
+            { fields::PATH } = %problem.origin,
+            "{problem}"
+        );
     }
 }
