@@ -166,7 +166,7 @@ pub(super) async fn find_lost(node: Node, peers: Peers, finder: Finder) {
     loop {
         node.env().clock.sleep(FIND_INTERVAL).await;
         let status = node.status();
-        let others = status.members.into_iter().filter(|member| member.id != status.node);
+        let others = status.members.iter().filter(|member| member.id != status.node);
         let (lost, there): (Vec<_>, Vec<_>) = others.partition(|member| peers.is_lost(member.id));
         if lost.is_empty() {
             continue;
