@@ -22,7 +22,7 @@ const CHUNK_BYTES: usize = 1 << 20;
 struct Moment {
     view: ReadTxn,
     applied: LogId,
-    members: Vec<Member>,
+    members: Arc<[Member]>,
 }
 
 impl Revisions for ReadTxn {

@@ -35,7 +35,7 @@ impl LeasesOfLeader {
         deadline: Instant,
     ) -> Result<Reply, Status> {
         let members = self.node.status().members;
-        let Some(leader) = members.into_iter().find(|member| member.id == leader) else {
+        let Some(leader) = members.iter().find(|member| member.id == leader) else {
             return Err(EtcdError::NoLeader.into());
         };
         let request = LeaseRequest { request: Some(request) }.encode_to_vec();

@@ -17,7 +17,9 @@
 
 pub mod listen;
 
+mod address;
 mod admit;
+mod again;
 mod backup;
 mod collect;
 mod data_dir;
@@ -27,18 +29,24 @@ mod doorway;
 mod early;
 mod enter;
 mod follow;
+mod heal;
 mod health;
 mod leases;
 mod membership;
 mod mend;
 mod parts;
+mod patience;
 mod repair;
 mod run;
 mod scrub;
 mod settle;
+mod stamp;
+mod stranded;
 mod supervise;
+mod tuning;
 mod wal_tools;
 
+pub use address::of_default_route as address_of_default_route;
 pub use dial::Network;
 pub use repair::{RepairError, repair};
 pub use run::{RunError, run};

@@ -1,25 +1,29 @@
 //! The phases of a server's life, in order.
 
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
+use super::again::Again;
 use super::collect::NodeMetrics;
-use super::data_dir::{DataDirError, Lock};
+use super::data_dir::{DataDir, DataDirError, Lock};
 use super::dispatch::Taking;
 use super::enter::{self, Entered, enter};
 use super::follow::{LeaseClocks, Watchers};
+use super::heal::{self, Healer};
 use super::health::NodeHealth;
 use super::leases::LeasesOfLeader;
 use super::listen::{Caps, ListenError, Listeners};
 use super::membership::NodeMembership;
+use super::patience::Patience;
 use super::scrub::{self, ScrubMetrics, Scrubber};
 use super::settle::Settling;
-use super::{backup, supervise};
+use super::{address, backup, supervise};
 use crate::announce;
 use crate::config::{Config, Loaded, Quota, Severity};
 use crate::critical::FlagsError;
@@ -37,18 +41,10 @@ use crate::observe::grpc;
 use crate::observe::http::{self, Version};
 use crate::observe::logging::{self, Logging, LoggingError};
 use crate::pki::{Names, NamesError, PkiError};
-use crate::raft::checkpoint::Policy;
 use crate::raft::reset::ResetError;
 use crate::raft::{self, Node, Parts, StartError, StopError};
-use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
-use crate::types::ByteCount;
+use crate::systemd::{Latch, Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
 use crate::watch::{Hub, Limits as WatchLimits};
-
-/// As K3s has it for embedded etcd.
-const HEARTBEAT: Duration = Duration::from_millis(500);
-/// Shorter than K3s' 5 s, which is there for cards that pause: here no heartbeat waits for a card. A follower trusts a silent leader
-/// for the longest of these, and then waits once more, so a new leader is there within four seconds and a vote's barrier.
-const ELECTION_MIN: Duration = Duration::from_millis(1_250);
 
 /// How long calls under way may take when the server stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -141,6 +137,9 @@ pub enum RunError {
     /// This node has a new id, and begins anew with it.
     #[error("starting over as a new node")]
     StartOver,
+    /// This host has another address, and the server begins anew there.
+    #[error("going on at {0}")]
+    Moved(IpAddr),
     /// Other nodes could not be answered.
     #[error("port of the other servers: {0}")]
     Peers(#[from] tonic::transport::Error),
@@ -153,6 +152,11 @@ pub enum RunError {
 }
 
 impl RunError {
+    /// Whether the process goes on.
+    const fn starts_over(&self) -> bool {
+        matches!(self, Self::StartOver | Self::Moved(_))
+    }
+
     /// What the operator can do, where there is something.
     pub fn remedy(&self) -> Option<String> {
         match self {
@@ -193,6 +197,7 @@ impl RunError {
             | Self::ResetRefused(_)
             | Self::HasReset(_)
             | Self::StartOver
+            | Self::Moved(_)
             | Self::Peers(_)
             | Self::Failed(_)
             | Self::Stop(_) => None,
@@ -206,7 +211,9 @@ impl RunError {
                 error.is_configuration()
             }
             Self::Join(error) => !error.may_pass(),
-            Self::Token(ObtainError::Token { .. })
+            Self::DataDir(error) if error.is_newer() => true,
+            Self::Incompatible(_)
+            | Self::Token(ObtainError::Token { .. })
             | Self::FoundingToken(_)
             | Self::EstablishToken(EstablishError::Founding(_) | EstablishError::Differs { .. })
             | Self::Plan(_)
@@ -233,10 +240,10 @@ impl RunError {
             | Self::EstablishToken(_)
             | Self::CompareFlags(_)
             | Self::Hello(_)
-            | Self::Incompatible(_)
             | Self::ResetRefused(_)
             | Self::HasReset(_)
             | Self::StartOver
+            | Self::Moved(_)
             | Self::Peers(_)
             | Self::Failed(_)
             | Self::Stop(_) => false,
@@ -285,38 +292,97 @@ async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
         env!("CARGO_PKG_VERSION"),
         config.db_dir.display()
     );
-    let mut closing_until = None;
-    loop {
-        let lived = live(config, &env, notifier, &shutdown).await;
+    let mut lives = Lives {
+        config: config.clone(),
+        env,
+        rejoins: Again::rejoining(),
+        moves: Again::moving(),
+        closing_until: None,
+    };
+    let ended = loop {
+        let lived = live(&lives, notifier, &shutdown).await;
+        let next = tokio::select! {
+            biased;
+            // How a life ended comes first: whoever fails has asked everybody else to stop.
+            next = lives.next(lived) => next,
+            _reason = shutdown.begun() => Some(Ok(())),
+        };
+        if let Some(ended) = next {
+            break ended;
+        }
+    };
+    signals.abort();
+    ended
+}
+
+/// What lasts longer than one life of a node.
+struct Lives {
+    /// As it was read, and where this host is now.
+    config: Config,
+    env: Env,
+    rejoins: Again,
+    moves: Again,
+    /// Ports of the life before may still be taken for so long.
+    closing_until: Option<Instant>,
+}
+
+impl Lives {
+    /// Ends one life when this host has another address.
+    fn follow_address(
+        &self,
+        stopping: watch::Receiver<bool>,
+    ) -> impl Future<Output = Result<(), RunError>> + Send + 'static {
+        let clock = Arc::clone(&self.env.clock);
+        let pause = self.moves.pause(clock.now());
+        address::follow(self.config.clone(), clock, pause, stopping)
+    }
+
+    /// After one life: how the process ends, or nothing if another life begins.
+    async fn next(&mut self, lived: Result<(), RunError>) -> Option<Result<(), RunError>> {
+        let clock = Arc::clone(&self.env.clock);
+        let closing = self.closing_until.is_some_and(|until| clock.now() < until);
         match lived {
             // A node that has to become another one begins anew, in the same process.
-            Err(RunError::StartOver) => closing_until = Some(env.clock.now() + CLOSING_MAX),
-            Err(RunError::Listen(ListenError::InUse { .. }))
-                if closing_until.is_some_and(|until| env.clock.now() < until) =>
+            Err(RunError::StartOver) => {
+                let pause = self.rejoins.pause(clock.now());
+                if !pause.is_zero() {
+                    tracing::info!("beginning anew in {} s", pause.as_secs());
+                    clock.sleep(pause).await;
+                }
+                self.rejoins.count(clock.now());
+            }
+            Err(RunError::Moved(to)) => {
+                self.config = self.config.at_address(to);
+                self.moves.count(clock.now());
+            }
+            Err(RunError::Listen(ListenError::InUse { .. })) if closing => {
+                clock.sleep(CLOSING_POLL).await;
+                return None;
+            }
+            // An address that was found, and has gone again before it was taken.
+            Err(RunError::Listen(ListenError::NoSuchAddress { .. }))
+                if closing && address::is_found(&self.config) =>
             {
-                env.clock.sleep(CLOSING_POLL).await;
+                clock.sleep(CLOSING_POLL).await;
+                if let Some(to) = address::of_default_route() {
+                    self.config = self.config.at_address(to);
+                }
+                return None;
             }
             Err(RunError::HasReset(guidance)) => {
                 tracing::info!("{guidance}");
-                signals.abort();
-                return Ok(());
+                return Some(Ok(()));
             }
-            lived => {
-                signals.abort();
-                return lived;
-            }
+            lived => return Some(lived),
         }
+        self.closing_until = Some(clock.now() + CLOSING_MAX);
+        None
     }
 }
 
 /// One life of a node: from taking the ports to the end.
-async fn live(
-    config: &Config,
-    env: &Env,
-    notifier: Notifier,
-    shutdown: &Shutdown,
-) -> Result<(), RunError> {
-    let starting = start(config, env, notifier, shutdown);
+async fn live(lives: &Lives, notifier: Notifier, shutdown: &Shutdown) -> Result<(), RunError> {
+    let starting = start(lives, notifier, shutdown);
     let mut running = tokio::select! {
         started = starting => started?,
         // A node that waits for others, perhaps for hours, can be told to stop.
@@ -326,8 +392,7 @@ async fn live(
         }
     };
     let (reason, error) = wait(&mut running).await;
-    let starts_over = matches!(error, Some(RunError::StartOver));
-    if !starts_over {
+    if !error.as_ref().is_some_and(RunError::starts_over) {
         notifier.stopping();
         announce!(EventId::Stopping, "stopping: {reason}");
     }
@@ -349,11 +414,30 @@ async fn live(
 }
 
 async fn start(
+    lives: &Lives,
+    notifier: Notifier,
+    shutdown: &Shutdown,
+) -> Result<Running, RunError> {
+    let (mut running, unsettled) = begin(&lives.config, &lives.env, notifier, shutdown).await?;
+    let stopping = unsettled.stopping.clone();
+    running.serving.spawn(lives.follow_address(stopping));
+    running.serving.spawn(unsettled.settling.run(unsettled.settled, unsettled.stopping));
+    Ok(running)
+}
+
+/// The last steps of a node that runs already, and whom to tell when they are taken.
+struct Unsettled {
+    settling: Settling,
+    settled: Latch,
+    stopping: watch::Receiver<bool>,
+}
+
+async fn begin(
     config: &Config,
     env: &Env,
     notifier: Notifier,
     shutdown: &Shutdown,
-) -> Result<Running, RunError> {
+) -> Result<(Running, Unsettled), RunError> {
     let (readiness, [settled, serving_latch]) =
         Readiness::new(notifier, ["membership", "client and health ports"]);
     let mut metrics = Metrics::new(versions().0, env.clock.wall());
@@ -369,40 +453,37 @@ async fn start(
     let api = Api::new(live.parts(env, settings, &entered));
     dispatch.takes_part(Taking { node: live.node.clone(), api: api.clone() });
 
-    let settling = settling(env, &live.node, &entered);
+    let settling = settling(env, &live.node, &entered, notifier);
+    let unsettled = Unsettled { settling, settled, stopping: stopping.clone() };
     let finder = Finder {
         cluster: dir.identity.cluster,
         node: dir.identity.node,
         incarnation: peers.passport().incarnation,
         transport: Arc::clone(transport),
     };
-    let (own_flags, path) = ((**flags).clone(), dir.path.clone());
-    let (peers, pki) = (peers.clone(), pki.clone());
-    let Entered { dir, clients, observers, mut serving, member, book, transport, .. } = entered;
+    let (own_flags, peers, pki) = ((**flags).clone(), peers.clone(), pki.clone());
+    let (patience, damaged) = (Patience::of_process(), watch::Sender::default());
+    let healer = healer(env, &live.node, &entered, patience, damaged.subscribe());
+    let member = removable(env, &live.node, &entered);
+    let addresses = entered.member.client_urls.join(", ");
+    let Entered { dir, clients, observers, mut serving, .. } = entered;
     live.serve(&mut serving, settings, api, metrics, clients, observers, &stopping);
     serving_latch.set();
-    serving.spawn(settling.run(notifier, settled, stopping.clone()));
+    serving.spawn(supervise::leave_when_removed(member, stopping.clone()));
+    serving.spawn(heal::run(healer, stopping.clone()));
 
     let Live { node, hub, leases } = live;
-    serving.spawn(supervise::leave_when_removed(node.clone(), book, transport, stopping.clone()));
-    let addresses = member.client_urls.join(", ");
     let mut background = vec![
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
         tokio::spawn(supervise::report_status(node.clone(), notifier)),
         tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
         tokio::spawn(supervise::keep_space_alarm(node.clone(), dir.space.space())),
         tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
-        tokio::spawn(scrub::run(Scrubber {
-            env: env.clone(),
-            store: dir.store.clone(),
-            wal: dir.wal.clone(),
-            path: dir.path.clone(),
-            progress: scrubbing,
-        })),
+        tokio::spawn(scrub::run(scrubber(env, &dir, scrubbing, patience, damaged))),
         tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
         tokio::spawn(supervise::find_lost(node.clone(), peers.clone(), finder)),
         tokio::spawn(supervise::forget_removed(node.clone(), peers)),
-        tokio::spawn(flags::follow(node.clone(), own_flags, path)),
+        tokio::spawn(flags::follow(node.clone(), own_flags, dir.path.clone())),
     ];
     if let Some(watchdog) = Watchdog::from_environment() {
         let pulse = Pulse::new(Arc::clone(&env.clock));
@@ -413,10 +494,47 @@ async fn start(
     // Ends with the store; what it does is seen in the store and in the alarm.
     drop(dir.space.spawn_thread(store.clone())?);
     let shutdown = shutdown.clone();
-    Ok(Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock })
+    let running =
+        Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock };
+    Ok((running, unsettled))
 }
 
-fn settling(env: &Env, node: &Node, entered: &Entered) -> Settling {
+fn removable(env: &Env, node: &Node, entered: &Entered) -> supervise::Removable {
+    supervise::Removable {
+        node: node.clone(),
+        book: Arc::clone(&entered.book),
+        transport: Arc::clone(&entered.transport),
+        contacts: entered.contacts.clone(),
+        rejoin: enter::Rejoin::of(env, &entered.dir),
+    }
+}
+
+fn healer(
+    env: &Env,
+    node: &Node,
+    entered: &Entered,
+    patience: Patience,
+    damaged: watch::Receiver<u64>,
+) -> Healer {
+    let dir = &entered.dir;
+    let rejoin = enter::Rejoin::of(env, dir);
+    let (env, node, path) = (env.clone(), node.clone(), dir.path.clone());
+    Healer { env, node, rejoin, path, patience, damaged }
+}
+
+fn scrubber(
+    env: &Env,
+    dir: &DataDir,
+    progress: Arc<scrub::Progress>,
+    patience: Patience,
+    damaged: watch::Sender<u64>,
+) -> Scrubber {
+    let (env, store, wal, path) =
+        (env.clone(), dir.store.clone(), dir.wal.clone(), dir.path.clone());
+    Scrubber { env, store, wal, path, progress, patience, damaged }
+}
+
+fn settling(env: &Env, node: &Node, entered: &Entered, notifier: Notifier) -> Settling {
     let Entered { dir, member, contacts, transport, flags, .. } = entered;
     Settling {
         node: node.clone(),
@@ -427,6 +545,7 @@ fn settling(env: &Env, node: &Node, entered: &Entered) -> Settling {
         flags: Arc::clone(flags),
         path: dir.path.clone(),
         rejoin: enter::Rejoin::of(env, dir),
+        notifier,
     }
 }
 
@@ -517,7 +636,7 @@ async fn wait(running: &mut Running) -> (StopReason, Option<RunError>) {
                 Some(Err(error)) => (error.to_string(), None),
             };
             let reason = StopReason::Failed(what);
-            if !matches!(error, Some(RunError::StartOver)) {
+            if !error.as_ref().is_some_and(RunError::starts_over) {
                 running.shutdown.begin(reason.clone());
             }
             (reason, error)
@@ -556,7 +675,7 @@ fn versions() -> (Versions, Version) {
 
 fn settings(config: &Config) -> Settings {
     let etcd = &config.etcd;
-    let election = etcd.election_timeout.unwrap_or(ELECTION_MIN);
+    let election = etcd.election_timeout.unwrap_or(limits::ELECTION_MIN);
     Settings {
         request_bytes_max: usize::try_from(etcd.max_request_bytes).unwrap_or(usize::MAX),
         txn_ops_max: etcd.max_txn_ops,
@@ -603,15 +722,13 @@ async fn start_node(
         ],
         transport: Arc::clone(&entered.transport),
     };
-    let election_min = config.etcd.election_timeout.unwrap_or(ELECTION_MIN);
+    let election_min = config.etcd.election_timeout.unwrap_or(limits::ELECTION_MIN);
     let options = raft::Options {
-        heartbeat: config.etcd.heartbeat_interval.unwrap_or(HEARTBEAT),
+        heartbeat: config.etcd.heartbeat_interval.unwrap_or(limits::HEARTBEAT),
         election_min,
-        election_max: election_min * 8 / 5,
-        checkpoint: Policy {
-            interval: limits::CHECKPOINT_INTERVAL,
-            log_bytes: ByteCount::new(limits::CHECKPOINT_LOG_BYTES),
-        },
+        election_max: limits::election_max(election_min),
+        learner_silent_max: Patience::of_process().learner_silent,
+        checkpoint: entered.tuning.checkpoint,
     };
     let node = Node::start(parts, &options).await?;
     if dir.identity.phase == Phase::Founding {
@@ -627,3 +744,7 @@ fn announce_warnings(problems: &crate::config::Problems) {
         announce!(EventId::ConfigurationWarning, "{problem}");
     }
 }
+
+#[cfg(test)]
+#[path = "cut_tests.rs"]
+mod tests;
