@@ -96,7 +96,7 @@ impl Board {
         let own: Vec<_> =
             cmdline.split_whitespace().filter(|word| !word.starts_with("console=")).collect();
         let cmdline = format!(
-            "console=ttyAMA0 systemd.journald.forward_to_console=1 loglevel=4 {}",
+            "console=ttyAMA0 systemd.journald.forward_to_console=1 loglevel=4 systemd.default_device_timeout_sec=900 {}",
             own.join(" ")
         );
         let mut command = Command::new("qemu-system-aarch64");
