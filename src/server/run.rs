@@ -304,27 +304,23 @@ pub fn refuse(problems: &str) -> bool {
 
 /// Says it with its number.
 fn tell(error: &RunError) -> bool {
-    match error {
-        RunError::Listen(listen) => {
-            let address = listen.address().to_string();
-            announce!(
-                EventId::ListenFailed,
-                { fields::ADDRESS } = address,
-                { fields::REASON } = %listen,
-                "{listen}\n  fix: {}",
-                listen.remedy()
-            );
-        }
-        RunError::Upstream { .. } => announce!(EventId::UpstreamConflict, "{error}"),
+    let fix = error.remedy().map_or_else(String::new, |fix| format!("\n  fix: {fix}"));
+    if let RunError::Listen(listen) = error {
+        let address = listen.address().to_string();
+        announce!(
+            EventId::ListenFailed,
+            { fields::ADDRESS } = address,
+            { fields::REASON } = %listen,
+            "{listen}\n  fix: {}",
+            listen.remedy()
+        );
+    } else if matches!(error, RunError::Upstream { .. }) {
+        announce!(EventId::UpstreamConflict, "{error}");
+    } else if error.is_configuration() {
         // Told where it happened, in detail; the table is for `systemctl status` as well.
-        error if error.is_configuration() => {
-            let fix = error.remedy().map_or_else(String::new, |fix| format!("\n  fix: {fix}"));
-            announce!(EventId::ConfigurationError, "{error}{fix}");
-        }
-        error => {
-            let fix = error.remedy().map_or_else(String::new, |fix| format!("\n  fix: {fix}"));
-            announce!(EventId::Failed, { fields::REASON } = %error, "{error}{fix}");
-        }
+        announce!(EventId::ConfigurationError, "{error}{fix}");
+    } else {
+        announce!(EventId::Failed, { fields::REASON } = %error, "{error}{fix}");
     }
     true
 }

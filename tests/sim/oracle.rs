@@ -152,9 +152,9 @@ impl Oracle {
         }
     }
 
-    /// A node says that it has installed a snapshot: from now on its state replaces its log's beginning.
-    pub(crate) fn has_snapshot(&self, node: NodeId, last: Option<LogId>) {
-        if let (Some(last), Some(card)) = (last, self.lock().cards.get(&node.get())) {
+    /// A snapshot has replaced a node's state, durably: from now on it stands for its log's beginning.
+    pub(crate) fn has_snapshot(&self, node: NodeId, last: LogId) {
+        if let Some(card) = self.lock().cards.get(&node.get()) {
             card.covered(last);
         }
     }
