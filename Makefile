@@ -5,7 +5,9 @@
 #   make test     get what the tests need, and run all of them
 
 .POSIX:
-.PHONY: demo run test fmt lint bench bench-sd build setup test-harness transcripts sim sim-mutants clean-demo
+PROFILE = dist
+ARCH =
+.PHONY: demo run test test-system deb image test-image fmt lint bench bench-sd build setup test-harness transcripts sim sim-mutants clean-demo
 
 demo:
 	@.ci/setup build
@@ -23,6 +25,24 @@ setup:
 
 build:
 	cargo build --release
+
+# Three hosts with a systemd of their own, on this machine: what tests/system asks of the unit. Part of `make test`.
+test-system: setup
+	cargo test --test system -- --nocapture
+
+# Debian packages in target/deb. Needs root for the tree they are built in.
+#   make deb                           arm64 and amd64
+#   make deb ARCH=arm64 PROFILE=release    one of them, and quicker to build
+deb:
+	PROFILE=$(PROFILE) packaging/deb $(ARCH)
+
+# The image for Raspberry Pis, target/image/*.img.zst, from the arm64 package; see image/README.md. Needs root.
+image:
+	PROFILE=$(PROFILE) image/build
+
+# Boots that image on an emulated board, writes, cuts the power, and looks whether it is all there.
+test-image: image
+	image/test-boot
 
 fmt:
 	cargo fmt --all

@@ -7,6 +7,7 @@ pub mod limits;
 pub mod mutants;
 pub mod proto;
 pub mod types;
+pub mod versions;
 
 pub mod board;
 pub mod env;

@@ -5,6 +5,22 @@ use std::time::Duration;
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
 
+/// How often a leader says that it is there: as K3s has it for embedded etcd.
+pub const HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// Shorter than K3s' 5 s, which is there for cards that pause: here no heartbeat waits for a card. A follower trusts a silent leader
+/// for the longest election timeout ([`election_max`]), and then waits once more, by chance between the shortest and the longest. So
+/// a silence of 3.2 s is borne by everybody, and one of 3.4 s by nobody: ARCHITECTURE.md tells why there is so little between them.
+pub const ELECTION_MIN: Duration = Duration::from_millis(1_500);
+
+/// The longest election timeout that goes with a shortest one.
+pub const fn election_max(election_min: Duration) -> Duration {
+    match election_min.saturating_mul(17).checked_div(15) {
+        Some(max) => max,
+        None => election_min,
+    }
+}
+
 /// Largest client request: etcd's default, which clients have been built against (`max-request-bytes`).
 pub const REQUEST_BYTES_MAX: u64 = 3 * MIB / 2;
 
@@ -40,6 +56,41 @@ pub const ANSWER_BYTES_PER_CONNECTION_MIN: u64 = 16 * KIB;
 /// A single answer may take this much while it is made; the message is about half of it. gRPC stops at 2 GiB, but a
 /// transaction may ask 128 times for everything there is.
 pub const ANSWER_BYTES_LARGEST: u64 = 1024 * MIB;
+
+/// A request of up to so many bytes is taken in whatever else is on its way: renewals, watches, most reads. The call around it
+/// costs more.
+pub const REQUEST_BYTES_FREE: u64 = 4 * KIB;
+
+/// A request of up to so many bytes is ordinary: larger ones wait for room of their own, and delay no smaller one.
+pub const REQUEST_BYTES_ORDINARY: u64 = 64 * KIB;
+
+/// Ordinary requests that are on their way in or being carried out, of all connections, and of one. Each is in memory about
+/// three times: as it came, as it is proposed, and in the log's batch.
+pub const ORDINARY_BYTES_MAX: u64 = 12 * MIB;
+/// See [`ORDINARY_BYTES_MAX`].
+pub const ORDINARY_BYTES_PER_CONNECTION_MAX: u64 = 4 * MIB;
+
+/// The same of larger ones.
+pub const BULK_BYTES_MAX: u64 = 24 * MIB;
+/// See [`BULK_BYTES_MAX`].
+pub const BULK_BYTES_PER_CONNECTION_MAX: u64 = 8 * MIB;
+
+/// What a client may send of one request before it is wanted, and of all on one connection. Those that wait for room never take up
+/// the connection's: others on it go on, and so do those that have room and are still arriving.
+pub const STREAM_WINDOW_BYTES: u32 = 32 << 10;
+/// See [`STREAM_WINDOW_BYTES`].
+pub const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+
+/// Requests that may wait for room: more are refused at once. Of one connection, and of all.
+pub const REQUESTS_WAITING_PER_CONNECTION_MAX: usize = 96;
+/// See [`REQUESTS_WAITING_PER_CONNECTION_MAX`].
+pub const REQUESTS_WAITING_MAX: usize = 512;
+
+/// Longest that a request waits for room, if its client has so much time.
+pub const REQUEST_WAIT_MAX: Duration = Duration::from_secs(30);
+
+/// A request that has room arrives within this, or the room is for others.
+pub const REQUEST_ARRIVAL_MAX: Duration = Duration::from_secs(30);
 
 /// Largest lease TTL in seconds that etcd accepts.
 pub const LEASE_TTL_SECS_MAX: i64 = 9_000_000_000;
@@ -105,6 +156,12 @@ pub const SCRUB_INTERVAL: Duration = Duration::from_secs(7 * 24 * 3600);
 /// For so long after a start the card is left to those who wait for it.
 pub const SCRUB_SETTLE: Duration = Duration::from_secs(600);
 
+/// A card that was found damaged, and whose server was filled again, gets no second chance within this time: it is failing.
+pub const HEAL_REST: Duration = Duration::from_secs(21 * 24 * 3600);
+
+/// How often it is tried to have a damaged card filled again, while the others cannot spare the server.
+pub const HEAL_RETRY: Duration = Duration::from_secs(600);
+
 /// How fast the card is read to check it. A card reads twenty times as fast.
 pub const SCRUB_BYTES_PER_SECOND: u64 = MIB;
 
@@ -140,13 +197,24 @@ pub const HAND_OVER_COOLDOWN: Duration = Duration::from_secs(60);
 pub const CARD_HUNG_EXIT: Duration = Duration::from_secs(20);
 
 const _: () = {
+    // A leader may be held up for so long, wherever in its beat that begins, without anybody standing for election.
+    let silence = ELECTION_MIN.as_millis() + election_max(ELECTION_MIN).as_millis();
+    assert!(2_700 <= silence - HEARTBEAT.as_millis());
     assert!(HAND_OVER_STALL_MIN.as_secs() < HAND_OVER_STALL.as_secs());
     // A look a second, a hand-over within two elections' pre-vote and vote.
     assert!(HAND_OVER_STALL.as_secs() + 3 <= CARD_HUNG_EXIT.as_secs());
     assert!(LEARNER_SILENT_MAX.as_secs() < LEARNER_STUCK_MAX.as_secs());
+    // The next check after a refill must not refill again.
+    assert!(SCRUB_INTERVAL.as_secs() < HEAL_REST.as_secs());
     assert!(REQUEST_BYTES_MAX + GRPC_OVERHEAD_BYTES <= WAL_RECORD_BYTES_MAX);
     // Two connections that never read must leave the others more than they take.
     assert!(2 * ANSWER_BYTES_PER_CONNECTION_MAX <= ANSWER_BYTES_MAX / 2);
+    // However many requests wait, a quarter of the connection's window is for others.
+    assert!(
+        REQUESTS_WAITING_PER_CONNECTION_MAX as u64 * STREAM_WINDOW_BYTES as u64
+            <= 3 * CONNECTION_WINDOW_BYTES as u64 / 4
+    );
+    assert!(REQUEST_BYTES_MAX + GRPC_OVERHEAD_BYTES <= BULK_BYTES_PER_CONNECTION_MAX);
     // A value, what it was before, and both encoded.
     assert!(4 * REQUEST_BYTES_MAX <= ANSWER_BYTES_PER_CONNECTION_MAX);
     assert!(WAL_BATCH_BYTES_MAX + WAL_RECORD_BYTES_MAX + WAL_BLOCK_BYTES <= WAL_FRAME_BYTES_MAX);

@@ -7,18 +7,24 @@
 //!
 //! - A node that is retired stays retired.
 //! - A node's epoch only grows: a start with an epoch that is known already comes from an old or a copied card.
+//! - The format is never lowered, and raised only if every member, as of this entry, has announced that it reads it.
 
 use prost::Message;
 
 use crate::mvcc::{ReadTxn, StoreError, WriteTxn};
 use crate::proto::node::cluster_change::Change;
 use crate::proto::node::cluster_reply::Result as Answer;
-use crate::proto::node::{Boot, ClusterChange, ClusterReply, NodeRecord, Retire};
+use crate::proto::node::{
+    Boot, ClusterChange, ClusterReply, FormatRecord, NodeRecord, RaiseFormat, Retire,
+    StoredMembership,
+};
 use crate::types::NodeId;
+use crate::versions;
 
 use super::Step;
 
 const FLAGS: &str = "flags";
+const FORMAT: &str = "format";
 const NODES: &str = "node/";
 
 fn node_name(id: u64) -> String {
@@ -35,6 +41,7 @@ pub(super) fn change(txn: &mut WriteTxn<'_>, change: &ClusterChange) -> Step<Clu
         Some(Change::SetFlag(set)) => replace_flags(txn, Some(&set.expected), &set.flags)?,
         Some(Change::Boot(boot)) => self::boot(txn, boot)?,
         Some(Change::Retire(retire)) => self::retire(txn, retire)?,
+        Some(Change::RaiseFormat(raise)) => raise_format(txn, raise)?,
         // Written by a later release: it knows what it means, we know that we do not.
         None => answer(Answer::Conflict),
     };
@@ -72,6 +79,7 @@ fn boot(txn: &mut WriteTxn<'_>, boot: &Boot) -> Step<ClusterReply> {
         name: boot.name.clone(),
         release: boot.release.clone(),
         wire_version: boot.wire_version,
+        format: boot.format,
         ..known
     };
     txn.set_record(&name, &record.encode_to_vec())?;
@@ -86,6 +94,41 @@ fn retire(txn: &mut WriteTxn<'_>, retire: &Retire) -> Step<ClusterReply> {
         txn.set_record(&name, &record.encode_to_vec())?;
     }
     Ok(answer(Answer::Done))
+}
+
+/// Raised once is done for whoever asks again.
+fn raise_format(txn: &mut WriteTxn<'_>, raise: &RaiseFormat) -> Step<ClusterReply> {
+    let known = decode_format(txn.record(FORMAT)?.as_deref())?;
+    if raise.format <= known.format {
+        return Ok(answer(Answer::Done));
+    }
+    let Some(members) = txn.membership()? else { return Ok(answer(Answer::Conflict)) };
+    let members = StoredMembership::decode(members.as_ref())
+        .map_err(|error| StoreError::damaged("meta", error.to_string()))?;
+    let members = members.membership.unwrap_or_default().members;
+    for member in &members {
+        let record = decode(txn.record(&node_name(member.id))?.as_deref())?;
+        if versions::announced(record.format) < raise.format {
+            return Ok(answer(Answer::Conflict));
+        }
+    }
+    if members.is_empty() {
+        return Ok(answer(Answer::Conflict));
+    }
+    let record = FormatRecord { format: raise.format, release: raise.release.clone() };
+    txn.set_record(FORMAT, &record.encode_to_vec())?;
+    Ok(answer(Answer::Done))
+}
+
+fn decode_format(bytes: Option<&[u8]>) -> Result<FormatRecord, StoreError> {
+    let first = FormatRecord { format: versions::FORMAT_FIRST, release: String::new() };
+    let Some(bytes) = bytes else { return Ok(first) };
+    FormatRecord::decode(bytes).map_err(|error| StoreError::damaged("meta", error.to_string()))
+}
+
+/// The format in which the cluster's data is written, and the release that raised it.
+pub fn format(view: &ReadTxn) -> Result<FormatRecord, StoreError> {
+    decode_format(view.record(FORMAT)?.as_deref())
 }
 
 fn decode(bytes: Option<&[u8]>) -> Result<NodeRecord, StoreError> {
@@ -121,6 +164,7 @@ mod tests {
     use crate::apply::Reply;
     use crate::apply::tests::Machine;
     use crate::command::Command;
+    use crate::proto::node as wire;
     use crate::proto::node::{RecordFlags, SetFlag};
 
     use super::*;
@@ -162,6 +206,42 @@ mod tests {
         let nodes = nodes(&machine.store.read().unwrap()).unwrap();
         assert_eq!(nodes.len(), 1);
         assert!(nodes[0].1.retired && nodes[0].1.retired_reason.contains("operator"));
+    }
+
+    fn raise(format: u32) -> Change {
+        Change::RaiseFormat(RaiseFormat { format, release: "0.2.0".to_owned() })
+    }
+
+    fn boots(node: u64, epoch: u64, format: u32) -> Change {
+        Change::Boot(Boot { node, epoch, format, ..Boot::default() })
+    }
+
+    #[test]
+    fn format_is_raised_when_every_member_reads_it_and_never_lowered() {
+        let mut machine = Machine::new();
+        let now = |machine: &Machine| format(&machine.store.read().unwrap()).unwrap().format;
+        assert_eq!(done(&mut machine, raise(2)), answer(Answer::Conflict), "nobody is a member");
+        let members = [7, 8].map(|id| wire::Member { id, ..Default::default() }).to_vec();
+        let membership = wire::Membership { members, ..Default::default() };
+        let stored = StoredMembership { membership: Some(membership), log_id: None };
+        machine.store.write(|txn| txn.set_membership(&stored.encode_to_vec())).unwrap();
+
+        done(&mut machine, boots(7, 1, 2));
+        assert_eq!(done(&mut machine, raise(2)), answer(Answer::Conflict), "8 never started");
+        done(&mut machine, boots(8, 1, 0));
+        assert_eq!(done(&mut machine, raise(2)), answer(Answer::Conflict), "8 reads the first");
+        done(&mut machine, boots(8, 2, 3));
+        assert_eq!(done(&mut machine, raise(3)), answer(Answer::Conflict), "7 does not");
+        assert_eq!(now(&machine), 1);
+        assert_eq!(done(&mut machine, raise(2)), answer(Answer::Done));
+        assert_eq!(done(&mut machine, raise(2)), answer(Answer::Done), "asked again");
+        assert_eq!(done(&mut machine, raise(1)), answer(Answer::Done), "it is at least that");
+        assert_eq!(now(&machine), 2);
+        // Whoever is no member any more is not asked.
+        done(&mut machine, boots(7, 2, 3));
+        done(&mut machine, boots(9, 1, 1));
+        assert_eq!(done(&mut machine, raise(3)), answer(Answer::Done));
+        assert_eq!(now(&machine), 3);
     }
 
     #[test]

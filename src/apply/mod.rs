@@ -40,7 +40,7 @@ use crate::proto::etcdserverpb as pb;
 use crate::proto::node::ClusterReply;
 use crate::types::{LeaseId, LogId, Revision};
 
-pub use cluster::{flags, node, nodes};
+pub use cluster::{flags, format, node, nodes};
 pub use operations::Operations;
 pub use room::{Room, Unbounded};
 

@@ -1,11 +1,11 @@
 //! What surrounds the process: arguments, variables, host.
 
 use std::ffi::OsString;
-use std::net::{IpAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 
 use crate::config::keys::KEYS;
 use crate::config::{Host, Paths, Variables};
+use crate::server;
 
 /// Everything the command line's meaning depends on. Not `Debug`: it may hold secrets.
 #[derive(Clone)]
@@ -32,7 +32,7 @@ impl World {
             .collect();
         let host = Host {
             name: nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()),
-            address: default_address(),
+            address: server::address_of_default_route(),
             token_credential: std::env::var_os("CREDENTIALS_DIRECTORY")
                 .and_then(|directory| token_credential(Path::new(&directory))),
         };
@@ -52,17 +52,6 @@ const TOKEN_CREDENTIALS: [&str; 2] = ["token", "token-sealed"];
 /// The first credential that systemd found.
 fn token_credential(directory: &Path) -> Option<PathBuf> {
     TOKEN_CREDENTIALS.iter().map(|name| directory.join(name)).find(|path| path.exists())
-}
-
-/// The address from which the default route starts. Asking the kernel for a route to an address set aside for
-/// documentation sends nothing.
-fn default_address() -> Option<IpAddr> {
-    let from = |local: &str, remote: &str| {
-        let socket = UdpSocket::bind(local).ok()?;
-        socket.connect(remote).ok()?;
-        Some(socket.local_addr().ok()?.ip())
-    };
-    from("0.0.0.0:0", "192.0.2.1:9").or_else(|| from("[::]:0", "[2001:db8::1]:9"))
 }
 
 #[cfg(test)]

@@ -1,4 +1,7 @@
-//! Bytes of a command: `version, kind, class`, then the request as a protobuf message.
+//! Bytes of a command: `format, kind, class`, then the request as a protobuf message.
+//!
+//! The format is the cluster's ([`crate::versions`]). There is one so far. A test can have a process pretend to know a second one,
+//! which has the same layout under another number.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::Message;
@@ -6,9 +9,7 @@ use thiserror::Error;
 
 use super::{Class, Command};
 use crate::proto::etcdserverpb as pb;
-
-/// Version written by this build, and the newest it reads.
-pub const FORMAT_VERSION: u8 = 1;
+use crate::versions;
 
 const HEADER_BYTES: usize = 3;
 const CLASS_AT: usize = 2;
@@ -21,9 +22,9 @@ pub enum DecodeError {
     #[error("command is {0} bytes, expected at least {HEADER_BYTES}")]
     Short(usize),
     /// Written by a newer release.
-    #[error("command has format version {found}, this release reads up to {FORMAT_VERSION}")]
+    #[error("command has format {found}, release {} reads up to {}", versions::own().name, versions::own().format)]
     Version {
-        /// The version byte.
+        /// The first byte.
         found: u8,
     },
     /// A kind this release does not know.
@@ -47,27 +48,27 @@ mod kind {
     pub(super) const CLUSTER: u8 = 9;
 }
 
-pub(super) fn encode(command: &Command) -> Bytes {
+pub(super) fn encode(command: &Command, format: u8) -> Bytes {
     let class = match command.class() {
         Class::Urgent => 0,
         Class::Lease => CLASS_LEASE,
     };
     match command {
-        Command::Put(m) => frame(kind::PUT, class, m),
-        Command::DeleteRange(m) => frame(kind::DELETE_RANGE, class, m),
-        Command::Txn(m) => frame(kind::TXN, class, m),
-        Command::Compact(m) => frame(kind::COMPACT, class, m),
-        Command::LeaseGrant(m) => frame(kind::LEASE_GRANT, class, m),
-        Command::LeaseRevoke(m) => frame(kind::LEASE_REVOKE, class, m),
-        Command::LeaseCheckpoint(m) => frame(kind::LEASE_CHECKPOINT, class, m),
-        Command::Alarm(m) => frame(kind::ALARM, class, m),
-        Command::Cluster(m) => frame(kind::CLUSTER, class, m),
+        Command::Put(m) => frame([format, kind::PUT, class], m),
+        Command::DeleteRange(m) => frame([format, kind::DELETE_RANGE, class], m),
+        Command::Txn(m) => frame([format, kind::TXN, class], m),
+        Command::Compact(m) => frame([format, kind::COMPACT, class], m),
+        Command::LeaseGrant(m) => frame([format, kind::LEASE_GRANT, class], m),
+        Command::LeaseRevoke(m) => frame([format, kind::LEASE_REVOKE, class], m),
+        Command::LeaseCheckpoint(m) => frame([format, kind::LEASE_CHECKPOINT, class], m),
+        Command::Alarm(m) => frame([format, kind::ALARM, class], m),
+        Command::Cluster(m) => frame([format, kind::CLUSTER, class], m),
     }
 }
 
-fn frame(kind: u8, class: u8, message: &impl Message) -> Bytes {
+fn frame([format, kind, class]: [u8; HEADER_BYTES], message: &impl Message) -> Bytes {
     let mut bytes = BytesMut::with_capacity(HEADER_BYTES + message.encoded_len());
-    bytes.put_slice(&[FORMAT_VERSION, kind, class]);
+    bytes.put_slice(&[format, kind, class]);
     message.encode_raw(&mut bytes);
     bytes.freeze()
 }
@@ -79,6 +80,10 @@ pub(super) fn class(bytes: &[u8]) -> Class {
     }
 }
 
+pub(super) fn format(bytes: &[u8]) -> u32 {
+    bytes.first().copied().map_or(0, u32::from)
+}
+
 pub(super) fn message_of(bytes: &Bytes) -> Bytes {
     bytes.slice(HEADER_BYTES.min(bytes.len())..)
 }
@@ -87,7 +92,7 @@ pub(super) fn decode(bytes: &Bytes) -> Result<Command, DecodeError> {
     if bytes.len() < HEADER_BYTES {
         return Err(DecodeError::Short(bytes.len()));
     }
-    if bytes[0] != FORMAT_VERSION {
+    if bytes[0] == 0 || versions::own().format < u32::from(bytes[0]) {
         return Err(DecodeError::Version { found: bytes[0] });
     }
     // Slicing shares the buffer, so keys and values point into the log's own bytes.
@@ -138,13 +143,13 @@ mod tests {
     #[test]
     fn decoding_gives_back_what_was_encoded() {
         for command in samples() {
-            assert_eq!(decode(&encode(&command)), Ok(command));
+            assert_eq!(decode(&encode(&command, 1)), Ok(command));
         }
     }
 
     #[test]
     fn version_1_bytes_never_change() {
-        let bytes: Vec<Vec<u8>> = samples().iter().map(|c| encode(c).to_vec()).collect();
+        let bytes: Vec<Vec<u8>> = samples().iter().map(|c| encode(c, 1).to_vec()).collect();
         assert_eq!(bytes[0], [1, 1, 0, 0x0a, 1, b'k', 0x18, 7]);
         assert_eq!(bytes[1], [1, 2, 0, 0x0a, 1, b'k']);
         assert_eq!(bytes[2], [1, 3, 0]);

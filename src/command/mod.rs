@@ -16,8 +16,9 @@ use bytes::Bytes;
 use crate::proto::etcdserverpb as pb;
 use crate::proto::node::ClusterChange;
 use crate::types::LeaseId;
+use crate::versions;
 
-pub use format::{DecodeError, FORMAT_VERSION};
+pub use format::DecodeError;
 
 /// One change of the replicated state.
 #[derive(Clone, Debug, PartialEq)]
@@ -71,6 +72,11 @@ impl Encoded {
         format::message_of(&self.0)
     }
 
+    /// The format, readable without decoding.
+    pub fn format(&self) -> u32 {
+        format::format(&self.0)
+    }
+
     /// The class, readable without decoding.
     pub fn class(&self) -> Class {
         format::class(&self.0)
@@ -83,9 +89,15 @@ impl Encoded {
 }
 
 impl Command {
-    /// Encodes for the log.
+    /// Encodes for the log, in the format that every release reads.
     pub fn encode(&self) -> Encoded {
-        Encoded(format::encode(self))
+        self.encode_in(versions::FORMAT_FIRST)
+    }
+
+    /// Encodes for the log in the cluster's format, or in the newest that this release knows if that is older.
+    pub fn encode_in(&self, format: u32) -> Encoded {
+        let format = format.clamp(versions::FORMAT_FIRST, versions::own().format);
+        Encoded(format::encode(self, u8::try_from(format).unwrap_or(u8::MAX)))
     }
 
     /// The name in `wal dump` and in metrics.

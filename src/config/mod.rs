@@ -137,6 +137,16 @@ impl Config {
         self.settings.origin(name)
     }
 
+    /// The same, on a host that has got another address. One that is written stays.
+    #[must_use]
+    pub fn at_address(&self, found: IpAddr) -> Self {
+        let mut moved = self.clone();
+        if self.settings.items("node-ip").is_empty() {
+            moved.values.node_ips = vec![found];
+        }
+        moved
+    }
+
     /// What was set, with origins, before defaults.
     pub const fn settings(&self) -> &Settings {
         &self.settings

@@ -186,8 +186,8 @@ impl Check<'_> {
         name
     }
 
-    fn linger(&mut self) -> Duration {
-        let linger = kinds::duration(self.text("wal-linger")).unwrap_or_default();
+    fn linger(&mut self) -> Option<Duration> {
+        let linger = kinds::duration(self.text("wal-linger")).ok()?;
         if LINGER_MAX < linger {
             self.problems.push(
                 Problem::error(self.settings.origin("wal-linger"), "wal-linger is too long")
@@ -196,7 +196,7 @@ impl Check<'_> {
                     .fix("write `wal-linger: 1s` or less"),
             );
         }
-        linger
+        Some(linger)
     }
 
     fn listen(&self, name: &'static str, port: u16, node_addresses: bool) -> Listen {

@@ -154,8 +154,8 @@ pub struct Values {
     pub insecure_http: bool,
     /// Settings by etcd's names.
     pub etcd: EtcdOptions,
-    /// How long a lease renewal may wait for company.
-    pub wal_linger: Duration,
+    /// How long a lease renewal may wait for company, if somebody said so.
+    pub wal_linger: Option<Duration>,
     /// What the datastore lives on.
     pub storage_medium: StorageMedium,
     /// Networks.

@@ -11,6 +11,7 @@ use tonic::{Request, Status};
 use super::answer::Meter;
 use super::budget::{Account, Budget, Permit};
 use super::error::{EtcdError, store_failed};
+use super::intake::Intake;
 use super::validate::Cost;
 use super::{Parts, Settings};
 use crate::apply::{ReadError, Refusal, Reply};
@@ -40,6 +41,7 @@ pub struct Api {
     scans: Arc<Semaphore>,
     backups: Arc<Semaphore>,
     budget: Budget,
+    intake: Intake,
 }
 
 /// Who asks, and until when the answer is of use.
@@ -84,15 +86,17 @@ impl Api {
     pub fn new(parts: Parts) -> Self {
         let status = parts.node.watch_status();
         let budget = Budget::new(Arc::clone(&parts.env.clock));
+        let intake = Intake::new(&parts.env.clock);
         let [scans, backups] =
             [SCANS_MAX, BACKUPS_MAX].map(|count| Arc::new(Semaphore::new(count)));
-        Self { parts: Arc::new(parts), status, scans, backups, budget }
+        Self { parts: Arc::new(parts), status, scans, backups, budget, intake }
     }
 
     /// Ends what would never end by itself, now and later: watches, renewals, waits for locks and for room.
     pub(super) fn stop(&self) {
         self.parts.hub.close();
         self.budget.close();
+        self.intake.close();
     }
 
     /// Completes when [`Api::stop`] was called.
@@ -102,6 +106,10 @@ impl Api {
 
     pub(super) const fn budget(&self) -> &Budget {
         &self.budget
+    }
+
+    pub(super) const fn intake(&self) -> &Intake {
+        &self.intake
     }
 
     /// Who asks. A request that came over no connection of ours has an account of its own.
@@ -148,9 +156,7 @@ impl Api {
     /// When a request must be done: etcd's limit, or the client's if that is sooner.
     pub(super) fn deadline(&self, metadata: &MetadataMap) -> Instant {
         let limit = self.settings().request_timeout();
-        let asked = metadata.get("grpc-timeout").and_then(|value| value.to_str().ok());
-        let asked = asked.and_then(parse_timeout).unwrap_or(limit);
-        self.now() + asked.min(limit)
+        self.now() + asked_timeout(metadata.as_ref()).unwrap_or(limit).min(limit)
     }
 
     /// A header with everything but the revision.
@@ -353,6 +359,11 @@ pub(super) async fn scan<T: Send + 'static>(
 pub(super) fn wrong_reply(reply: &Reply) -> Status {
     tracing::error!(?reply, "the state machine answered another command");
     Status::internal("etcdserver: the state machine answered another command")
+}
+
+/// How long the client waits, as it says itself.
+pub(super) fn asked_timeout(headers: &http::HeaderMap) -> Option<Duration> {
+    parse_timeout(headers.get("grpc-timeout")?.to_str().ok()?)
 }
 
 /// Reads gRPC's timeout: up to eight digits and a unit.

@@ -14,6 +14,7 @@ use super::answer;
 use super::api::Api;
 use super::budget::Account;
 use super::error::EtcdError;
+use super::intake;
 use crate::apply;
 use crate::pki::Caller;
 use crate::raft::Role;
@@ -74,7 +75,10 @@ pub(super) async fn gate(State(api): State<Api>, request: Request, next: Next) -
         }
         Some(_) | None => None,
     };
+    let (request, taken_in) = intake::meter(&api, request);
     let mut response = next.run(request).await;
+    // A unary call is carried out; a stream keeps its own.
+    drop(taken_in);
     word_as_etcd(response.headers_mut(), &path);
     match room {
         Some(room) => answer::charge_body(response, room),

@@ -35,6 +35,7 @@ mod election;
 mod expiry;
 mod gate;
 mod http;
+mod intake;
 mod kv;
 mod lease;
 mod lock;

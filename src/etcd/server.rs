@@ -2,8 +2,8 @@
 //!
 //! # Invariants
 //!
-//! - What one connection can make us hold is bounded: streams, header bytes, reset streams, message size, and the answers
-//!   that it has not read (`budget`).
+//! - What one connection can make us hold is bounded: streams, header bytes, reset streams, message size, requests on their way
+//!   in (`intake`), and the answers that it has not read (`budget`).
 
 use std::future::Future;
 use std::io;
@@ -31,6 +31,7 @@ use super::lock::LockService;
 use super::maintenance::MaintenanceService;
 use super::watch::WatchService;
 use super::{gate, http};
+use crate::limits::{CONNECTION_WINDOW_BYTES, STREAM_WINDOW_BYTES};
 use crate::proto::etcdserverpb::auth_server::AuthServer;
 use crate::proto::etcdserverpb::cluster_server::ClusterServer;
 use crate::proto::etcdserverpb::kv_server::KvServer;
@@ -49,10 +50,6 @@ const PENDING_RESETS_MAX: usize = 64;
 
 /// Streams a client may make us reset before the connection is closed.
 const LOCAL_RESETS_MAX: usize = 1_024;
-
-/// Request bytes a client may send before we read them, per stream and per connection.
-const STREAM_WINDOW_BYTES: u32 = 256 << 10;
-const CONNECTION_WINDOW_BYTES: u32 = 2 << 20;
 
 /// How long calls under way, and clients that do not read, may hold up the end.
 const LINGER: Duration = Duration::from_millis(1_500);
@@ -86,7 +83,9 @@ where
     let settings = *api.settings();
     let budget = api.budget().clone();
     let accounts = budget.clone();
-    let incoming = incoming.map(move |io| io.map(|io| Observed::new(io, accounts.open())));
+    let intake = api.intake().clone();
+    let incoming =
+        incoming.map(move |io| io.map(|io| Observed::new(io, accounts.open(), intake.open())));
     let stopping = api.clone();
     let begun = Arc::new(Notify::new());
     let stopped = Arc::clone(&begun);
@@ -99,8 +98,9 @@ where
     // Each where the services look for it.
     let unpack = middleware::map_request(async |mut request: axum::extract::Request| {
         let extensions = request.extensions_mut();
-        if let Some(Payer { account, info }) = extensions.remove::<Payer<IO::ConnectInfo>>() {
+        if let Some(Payer { account, lane, info }) = extensions.remove::<Payer<IO::ConnectInfo>>() {
             extensions.insert(account);
+            extensions.insert(lane);
             extensions.insert(info);
         }
         request

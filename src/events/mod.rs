@@ -193,15 +193,20 @@ events! {
     /// This node's promises cannot be trusted; it takes no part in decisions and comes back as a new one.
     Quarantined = 0xc6b3f8e0194d4907b8833fe7b777ef60, ERROR,
         "nothing has to be done while a majority of the other servers runs: this node fills itself again; an older image, a copied card or a lying card is behind this, so replace the card if it happens again";
+    /// So many servers came back without what they had promised that nobody can lead.
+    MajorityForgot = 0x5c1b8d3e7f0a4c62a94fd17be08c6235, ERROR,
+        "put the newest cards back in if they still exist; else stop k3s-server on the server with the newest data, run `k3s-server server --cluster-reset` there, and start it again";
     /// This node was removed from the cluster and has come back.
     NodeRetired = 0x7e0701907fa6e3afd7c4ab4cb5c2d261, ERROR,
         "if it shall be a member again, move its data directory away and start it with `server` and the token";
     /// Another run of this very node is alive: a copied card.
     NodeDuplicate = 0x947f5b54987b2031cc063f8a39b0ce63, ERROR,
         "stop one of the two; for the copy to become a server of its own, move its data directory away and start it with `server` and the token";
+    /// Data is written in a newer format from now on.
+    FormatRaised = 0x5b1d0f6c3a8e4d27917c46e2f0ab83d4, INFO;
     /// The other members run a release that this one cannot talk to.
     Incompatible = 0x2fd8b947ad137a10b6aeb8acfaa38676, ERROR,
-        "install the release of the other servers here; to upgrade a cluster, upgrade one server after the other";
+        "upgrade the server with the older release; to upgrade a cluster, upgrade one server after the other";
 }
 
 impl fmt::Display for EventId {

@@ -33,8 +33,8 @@ use crate::proto::node::{
     BeginReply, BeginRequest, Credentials, FinishReply, FinishRequest, IntroduceReply,
     IntroduceRequest,
 };
-use crate::raft::transport::WIRE_VERSIONS;
 use crate::types::ClusterId;
+use crate::versions;
 
 /// Longest request. An honest one has about a hundred bytes.
 const REQUEST_BYTES_MAX: usize = 4 * 1024;
@@ -43,6 +43,11 @@ const REQUEST_BYTES_MAX: usize = 4 * 1024;
 pub trait Grant: Send + Sync + 'static {
     /// As of now. The error says why this server cannot answer yet; the joiner asks again.
     fn credentials(&self) -> Result<Credentials, String>;
+
+    /// The cluster's format, which a joiner must read.
+    fn format(&self) -> u32 {
+        versions::FORMAT_FIRST
+    }
 }
 
 /// What everybody may know, and the secret to compare with.
@@ -133,21 +138,31 @@ impl Door {
     }
 
     fn introduction(&self, request: &IntroduceRequest) -> Result<IntroduceReply, JoinRefused> {
-        let (min, max) = (*WIRE_VERSIONS.start(), *WIRE_VERSIONS.end());
-        if request.wire_version_max < min || max < request.wire_version_min {
+        let own = versions::own();
+        let theirs = request.wire_version_min..=request.wire_version_max;
+        // A name from a stranger, for people: short, and nothing but letters and digits.
+        let is_plain = |c: &char| c.is_ascii_alphanumeric() || ".-".contains(*c);
+        let name: String = request.release.chars().filter(is_plain).take(32).collect();
+        if versions::common(&own.wire, &theirs).is_none() {
             return Err(JoinRefused::Incompatible(format!(
-                "this server ({}) speaks versions {min} to {max}, the joiner {} to {}",
-                env!("CARGO_PKG_VERSION"),
-                request.wire_version_min,
-                request.wire_version_max
+                "release {} of this server speaks {}, release {name} of the joiner {}",
+                own.name,
+                versions::in_words(&own.wire),
+                versions::in_words(&theirs)
+            )));
+        }
+        let (cluster, reads) = (self.grant.format(), versions::announced(request.format));
+        if reads < cluster {
+            return Err(JoinRefused::Incompatible(format!(
+                "the cluster's data is in format {cluster}, release {name} of the joiner reads up to {reads}"
             )));
         }
         Ok(IntroduceReply {
             authority_pem: self.house.authority_pem.clone(),
             cluster: self.house.cluster.get(),
-            wire_version_min: min,
-            wire_version_max: max,
-            release: env!("CARGO_PKG_VERSION").to_owned(),
+            wire_version_min: *own.wire.start(),
+            wire_version_max: *own.wire.end(),
+            release: versions::own().name.to_owned(),
         })
     }
 
@@ -235,7 +250,11 @@ impl Join for Door {
         &self,
         request: Request<IntroduceRequest>,
     ) -> Result<Response<IntroduceReply>, Status> {
-        Ok(Response::new(self.introduction(request.get_ref())?))
+        let introduced = self.introduction(request.get_ref());
+        if let (Err(refused), Ok(visitor)) = (&introduced, visitor(&request)) {
+            self.note(&visitor, refused.clone());
+        }
+        Ok(Response::new(introduced?))
     }
 
     async fn begin(&self, request: Request<BeginRequest>) -> Result<Response<BeginReply>, Status> {

@@ -34,8 +34,8 @@ use crate::proto::node::{
     BeginReply, BeginRequest, Credentials, FinishReply, FinishRequest, IntroduceReply,
     IntroduceRequest, StoredMembership,
 };
-use crate::raft::transport::WIRE_VERSIONS;
 use crate::types::ClusterId;
+use crate::versions;
 
 /// How long one call may take. K3s gives its bootstrap 15 s.
 const CALL_TIMEOUT: Duration = Duration::from_secs(15);
@@ -176,7 +176,7 @@ pub enum JoinError {
         server: String,
     },
     /// No common version.
-    #[error("{server} runs a release that does not work with this one ({}): {found}", env!("CARGO_PKG_VERSION"))]
+    #[error("{server} runs a release that does not work with this one ({}): {found}", versions::own().name)]
     Incompatible {
         /// The address in the configuration.
         server: String,
@@ -361,9 +361,10 @@ impl Enrolment {
     /// Who the other end says it is, as far as that can be checked.
     async fn introduce(&self, stranger: &Stranger) -> Result<Introduced, JoinError> {
         let request = IntroduceRequest {
-            wire_version_min: *WIRE_VERSIONS.start(),
-            wire_version_max: *WIRE_VERSIONS.end(),
-            release: env!("CARGO_PKG_VERSION").to_owned(),
+            wire_version_min: *versions::own().wire.start(),
+            wire_version_max: *versions::own().wire.end(),
+            release: versions::own().name.to_owned(),
+            format: versions::own().format,
         };
         let reply = self.call(stranger.calls.introduce(request)).await?;
         let hash = AuthorityHash::of(&reply.authority_pem);
@@ -387,17 +388,11 @@ impl Enrolment {
                 format!("it names cluster {:x}, expected {}", reply.cluster, identity.cluster);
             return Err(impostor(found));
         }
-        if reply.wire_version_max < *WIRE_VERSIONS.start()
-            || *WIRE_VERSIONS.end() < reply.wire_version_min
-        {
-            let found = format!(
-                "release {}, versions {} to {}, expected {} to {}",
-                reply.release,
-                reply.wire_version_min,
-                reply.wire_version_max,
-                WIRE_VERSIONS.start(),
-                WIRE_VERSIONS.end()
-            );
+        let theirs = reply.wire_version_min..=reply.wire_version_max;
+        let ours = &versions::own().wire;
+        if versions::common(ours, &theirs).is_none() {
+            let (theirs, ours) = (versions::in_words(&theirs), versions::in_words(ours));
+            let found = format!("release {} speaks {theirs}, this one {ours}", reply.release);
             return Err(JoinError::Incompatible { server: self.server(), found });
         }
         Ok(Introduced { hash, cluster: identity.cluster, authority_pem: reply.authority_pem })

@@ -127,8 +127,9 @@ pub async fn follow(node: Node, own: CriticalFlags, dir: PathBuf) {
 fn look(node: &Node) -> Result<SeenCluster, StoreError> {
     let flags = apply::flags(&node.store().read()?)?.unwrap_or_default();
     let status = node.status();
-    let others = status.members.into_iter().filter(|member| member.id != status.node);
-    Ok(SeenCluster { flags, client_urls: others.flat_map(|member| member.client_urls).collect() })
+    let others = status.members.iter().filter(|member| member.id != status.node);
+    let client_urls = others.flat_map(|member| member.client_urls.clone()).collect();
+    Ok(SeenCluster { flags, client_urls })
 }
 
 fn report(own: &CriticalFlags, record: &[u8]) {

@@ -40,6 +40,11 @@ pub enum Phase {
         /// The id it had before.
         replaces: NodeId,
     },
+    /// It was given up before it had a vote: as [`Phase::SettingAside`], but nobody will ever miss what it holds.
+    GivenUp {
+        /// The id it had before.
+        replaces: NodeId,
+    },
     /// It is a member.
     Member,
 }
@@ -48,6 +53,7 @@ impl Phase {
     const FOUNDING: &str = "founding";
     const JOINING: &str = "joining";
     const SETTING_ASIDE: &str = "setting-aside";
+    const GIVEN_UP: &str = "given-up";
     const MEMBER: &str = "member";
 
     const fn name(self) -> &'static str {
@@ -55,7 +61,16 @@ impl Phase {
             Self::Founding => Self::FOUNDING,
             Self::Joining { .. } => Self::JOINING,
             Self::SettingAside { .. } => Self::SETTING_ASIDE,
+            Self::GivenUp { .. } => Self::GIVEN_UP,
             Self::Member => Self::MEMBER,
+        }
+    }
+
+    /// Whether it is to be admitted, or will be once its old data is out of the way.
+    pub const fn joins(self) -> bool {
+        match self {
+            Self::Joining { .. } | Self::SettingAside { .. } | Self::GivenUp { .. } => true,
+            Self::Founding | Self::Member => false,
         }
     }
 
@@ -63,7 +78,7 @@ impl Phase {
     pub const fn replaces(self) -> Option<NodeId> {
         match self {
             Self::Joining { replaces } => replaces,
-            Self::SettingAside { replaces } => Some(replaces),
+            Self::SettingAside { replaces } | Self::GivenUp { replaces } => Some(replaces),
             Self::Founding | Self::Member => None,
         }
     }
@@ -73,6 +88,7 @@ impl Phase {
             (Self::FOUNDING, None) => Some(Self::Founding),
             (Self::JOINING, replaces) => Some(Self::Joining { replaces }),
             (Self::SETTING_ASIDE, Some(replaces)) => Some(Self::SettingAside { replaces }),
+            (Self::GIVEN_UP, Some(replaces)) => Some(Self::GivenUp { replaces }),
             (Self::MEMBER, None) => Some(Self::Member),
             _ => None,
         }
@@ -268,13 +284,14 @@ mod tests {
         Identity { cluster: ClusterId::new(0xfeed), node: NodeId::new(0xbeef), epoch: 7, phase }
     }
 
-    fn phases() -> [Phase; 5] {
+    fn phases() -> [Phase; 6] {
         let replaces = NodeId::new(0xdead);
         [
             Phase::Founding,
             Phase::Joining { replaces: None },
             Phase::Joining { replaces: Some(replaces) },
             Phase::SettingAside { replaces },
+            Phase::GivenUp { replaces },
             Phase::Member,
         ]
     }

@@ -108,7 +108,7 @@ pub fn start_plan(on_disk: Option<&Identity>, config: &Config) -> Result<Plan, P
 /// What is still under way is not ignored: a join through `server`, a founding by `cluster-init`.
 fn ignored(phase: Phase, config: &Config) -> Vec<DatastoreArgument> {
     let founds = phase == Phase::Founding;
-    let joins = matches!(phase, Phase::Joining { .. } | Phase::SettingAside { .. });
+    let joins = phase.joins();
     let mut ignored = Vec::new();
     for (name, set, under_way) in [
         ("cluster-init", config.boolean("cluster-init"), founds),

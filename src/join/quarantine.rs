@@ -10,11 +10,14 @@
 //! 4  node.json     "joining", in the place of the old id
 //! ```
 //!
+//! A learner that the leader has given up goes the same way ("given up"). What it holds is a part of what the others have, and it may
+//! be given up again and again, so there is one place for that, `given-up/`, and the last one's stays.
+//!
 //! # Invariants
 //!
 //! - The old id is not used again once step 2 is durable; before it nothing has changed.
 //! - A start that finds step 2 repeats step 3, which is the same from wherever it was cut.
-//! - Nothing is deleted or replaced.
+//! - Nothing that a voter held is deleted or replaced.
 
 use std::ffi::OsStr;
 use std::io;
@@ -25,6 +28,9 @@ use super::identity::{Identity, Phase, random_node};
 use crate::env::Env;
 use crate::pki::Role;
 use crate::proto::node::StoredMembership;
+
+/// Where the data of a learner goes that was given up.
+const GIVEN_UP: &str = "given-up";
 
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> AdoptError {
     let path = path.to_owned();
@@ -40,7 +46,28 @@ pub async fn begin(
     membership: &StoredMembership,
 ) -> Result<Identity, AdoptError> {
     adopt::store_contacts(env, dir, membership).await?;
-    let phase = Phase::SettingAside { replaces: identity.node };
+    begin_as(env, dir, identity, Phase::SettingAside { replaces: identity.node }).await
+}
+
+/// As [`begin`], for a learner that was given up. One that has no membership yet finds the others as it found them before.
+pub async fn begin_given_up(
+    env: &Env,
+    dir: &Path,
+    identity: Identity,
+    membership: &StoredMembership,
+) -> Result<Identity, AdoptError> {
+    if membership.log_id.is_some() {
+        adopt::store_contacts(env, dir, membership).await?;
+    }
+    begin_as(env, dir, identity, Phase::GivenUp { replaces: identity.node }).await
+}
+
+async fn begin_as(
+    env: &Env,
+    dir: &Path,
+    identity: Identity,
+    phase: Phase,
+) -> Result<Identity, AdoptError> {
     // The card goes on counting: the number tells its quarantines apart.
     let next = Identity { node: random_node(env), phase, ..identity };
     next.store(env, dir).await?;
@@ -54,8 +81,13 @@ pub async fn finish(
     dir: &Path,
     identity: Identity,
 ) -> Result<(Identity, Option<PathBuf>), AdoptError> {
-    let Phase::SettingAside { replaces } = identity.phase else { return Ok((identity, None)) };
-    let aside = aside(env, dir, &format!("{replaces}-{}", identity.epoch))?;
+    let (replaces, aside) = match identity.phase {
+        Phase::SettingAside { replaces } => {
+            (replaces, aside(env, dir, &format!("{replaces}-{}", identity.epoch))?)
+        }
+        Phase::GivenUp { replaces } => (replaces, dir.join(GIVEN_UP)),
+        Phase::Founding | Phase::Joining { .. } | Phase::Member => return Ok((identity, None)),
+    };
     set_aside(env, dir, &aside)?;
     let phase = Phase::Joining { replaces: Some(replaces) };
     let joining = Identity { phase, ..identity };
@@ -201,6 +233,28 @@ mod tests {
         assert_eq!(aside, Some(dir.join("quarantine-a-7")));
         check_moved(&disk, next);
         assert_eq!(testkit::wait(finish(&env, dir, next)).unwrap(), (next, None));
+    }
+
+    #[test]
+    fn what_learners_held_that_were_given_up_is_kept_once() {
+        let (disk, env, identity) = world(2);
+        let (dir, none) = (Path::new(DIR), StoredMembership::default());
+        let first = testkit::wait(begin_given_up(&env, dir, identity, &none)).unwrap();
+        let (first, aside) = testkit::wait(finish(&env, dir, first)).unwrap();
+        assert_eq!(aside, Some(dir.join("given-up")));
+        assert_eq!(first.phase, Phase::Joining { replaces: Some(identity.node) });
+        assert_ne!(first.node, identity.node);
+        for name in ["wal/0.wal", "state.redb"] {
+            let file = env.disk.open(&dir.join(name), Open::Create).unwrap();
+            file.write_at(b"newer", 0).unwrap();
+        }
+        let second = testkit::wait(begin_given_up(&env, dir, first, &none)).unwrap();
+        testkit::wait(finish(&env, dir, second)).unwrap();
+        let there = contents(&disk);
+        assert_eq!(there[&dir.join("given-up/state.redb")], b"newer");
+        assert_eq!(there[&dir.join("given-up/wal/1.wal")], b"wal/1.wal");
+        let elsewhere = there.keys().filter(|path| path.ends_with("state.redb")).count();
+        assert_eq!(elsewhere, 1, "{there:?}");
     }
 
     #[test]

@@ -170,13 +170,7 @@ impl ReadTxn {
 
     /// What [`super::WriteTxn::set_membership`] stored.
     pub fn membership(&self) -> Result<Option<Bytes>, StoreError> {
-        self.checked(|| {
-            let Some(bytes) = self.meta.get(MEMBERSHIP_KEY)? else {
-                return Ok(None);
-            };
-            let blob = format::decode_plain(Table::Meta, MEMBERSHIP_KEY, bytes.value())?;
-            Ok(Some(Bytes::copy_from_slice(blob)))
-        })
+        self.checked(|| membership(&self.meta))
     }
 
     /// What [`super::WriteTxn::set_record`] stored under a name.
@@ -250,6 +244,16 @@ impl View for ReadTxn {
     fn lease(&self, id: LeaseId) -> Result<Option<LeaseRecord>, StoreError> {
         Self::lease(self, id)
     }
+}
+
+pub(super) fn membership(
+    meta: &impl ReadableTable<Slice, Slice>,
+) -> Result<Option<Bytes>, StoreError> {
+    let Some(bytes) = meta.get(MEMBERSHIP_KEY)? else {
+        return Ok(None);
+    };
+    let blob = format::decode_plain(Table::Meta, MEMBERSHIP_KEY, bytes.value())?;
+    Ok(Some(Bytes::copy_from_slice(blob)))
 }
 
 pub(super) fn record(

@@ -235,6 +235,11 @@ impl<'txn> WriteTxn<'txn> {
         Ok(())
     }
 
+    /// What [`Self::set_membership`] stored.
+    pub fn membership(&self) -> Result<Option<Bytes>, StoreError> {
+        read::membership(&self.meta)
+    }
+
     /// Keeps a record of the cluster about itself. The bytes mean nothing here.
     pub fn set_record(&mut self, name: &str, blob: &[u8]) -> Result<(), StoreError> {
         let key = format::record_key(name);

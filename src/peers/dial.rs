@@ -184,6 +184,8 @@ pub(super) struct Link {
     client: PeersClient<Channel>,
     leash: Mutex<Option<Leash>>,
     pub(super) address: SocketAddr,
+    /// Of the messages on it.
+    pub(super) version: u32,
     _connected: Connected,
 }
 
@@ -205,13 +207,13 @@ impl Link {
 
     /// Greets again, to measure and to tell the newest address.
     pub(super) async fn greet(&self, own: &Own) -> Result<Duration, Miss> {
-        greet(&self.client, own).await
+        greet(&self.client, own).await.map(|(took, _version)| took)
     }
 }
 
-/// Says who we are, hears who they are, and times it.
-async fn greet(client: &PeersClient<Channel>, own: &Own) -> Result<Duration, Miss> {
-    let greeting = envelope::open(0, own.announcement.clone());
+/// Says who we are, hears who they are, and times it. The version is the one in which the two talk.
+async fn greet(client: &PeersClient<Channel>, own: &Own) -> Result<(Duration, u32), Miss> {
+    let greeting = envelope::open(0, 0, own.announcement.clone());
     let started = Instant::now();
     let reply = client.clone().call(request(own, greeting)).await;
     let took = started.elapsed();
@@ -223,8 +225,8 @@ async fn greet(client: &PeersClient<Channel>, own: &Own) -> Result<Duration, Mis
         Err(other) => return Err(Miss::Failed(other.to_string())),
     }
     let theirs = Passport::read(&headers).map_err(Miss::Refused)?;
-    own.passport.check(&theirs).map_err(Miss::Refused)?;
-    Ok(took)
+    let version = own.passport.check(&theirs).map_err(Miss::Refused)?;
+    Ok((took, version))
 }
 
 /// A request with our headers.
@@ -246,9 +248,10 @@ pub(super) async fn connect(
         let client = PeersClient::new(channel)
             .max_decoding_message_size(ENVELOPE_BYTES_MAX)
             .max_encoding_message_size(ENVELOPE_BYTES_MAX);
-        traffic.round_trip(greet(&client, own).await?);
+        let (took, version) = greet(&client, own).await?;
+        traffic.round_trip(took);
         let leash = Mutex::new(Some(leash));
-        Ok(Link { client, leash, address, _connected: traffic.connected() })
+        Ok(Link { client, leash, address, version, _connected: traffic.connected() })
     };
     let late = || Err(Miss::Failed("no answer in time".to_owned()));
     tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(|_| late())

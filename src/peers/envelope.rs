@@ -12,9 +12,9 @@ pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
 /// The same with what the envelope adds.
 pub(super) const ENVELOPE_BYTES_MAX: usize = MESSAGE_BYTES_MAX + 1_024;
 
-/// Opens a call or a stream.
-pub(super) fn open(method: u32, body: Bytes) -> Envelope {
-    Envelope { method, body, ..Envelope::default() }
+/// Opens a call or a stream, in this version of the messages.
+pub(super) fn open(method: u32, wire_version: u32, body: Bytes) -> Envelope {
+    Envelope { method, wire_version, body, ..Envelope::default() }
 }
 
 /// A message within a stream, or an answer.

@@ -207,8 +207,8 @@ impl Peer {
                 let (link, failures) = (Arc::new(link), std::mem::take(&mut lane.failures));
                 lane.state = State::Up(Arc::clone(&link));
                 if purpose == Use::Calls {
-                    let (name, address) = (self.name(), link.address);
-                    tracing::info!(node = %self.node, %address, failures, "connected to {name}");
+                    let (name, address, version) = (self.name(), link.address, link.version);
+                    tracing::info!(node = %self.node, %address, failures, version, "connected to {name}");
                     tokio::spawn(probe(Arc::downgrade(self), Arc::downgrade(&link)));
                 }
                 Ok(link)

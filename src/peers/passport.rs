@@ -8,8 +8,9 @@ use std::ops::RangeInclusive;
 use tonic::metadata::MetadataMap;
 
 use crate::env::Entropy;
-use crate::raft::transport::{Refused, WIRE_VERSIONS};
+use crate::raft::transport::Refused;
 use crate::types::ClusterId;
+use crate::versions;
 
 const CLUSTER: &str = "k3s-cluster";
 const WIRE: &str = "k3s-wire";
@@ -40,30 +41,39 @@ impl Passport {
     pub fn new(cluster: ClusterId, epoch: u64, entropy: &dyn Entropy) -> Self {
         Self {
             cluster,
-            wire: WIRE_VERSIONS,
-            release: env!("CARGO_PKG_VERSION").to_owned(),
+            wire: versions::own().wire.clone(),
+            release: versions::own().name.to_owned(),
             incarnation: entropy.next_u64(),
             epoch,
         }
     }
 
-    /// Whether messages of `theirs` may be read. `theirs` is the other end of a connection.
-    pub fn check(&self, theirs: &Self) -> Result<(), Refused> {
+    /// Whether messages of `theirs` may be read, and in which version the two talk: the newest that both read. `theirs` is the other
+    /// end of a connection.
+    pub fn check(&self, theirs: &Self) -> Result<u32, Refused> {
         if self.cluster != theirs.cluster {
             let text = format!("found {}, expected {}", theirs.cluster, self.cluster);
             return Err(Refused::WrongCluster(text));
         }
-        let newest_common = (*self.wire.end()).min(*theirs.wire.end());
-        if newest_common < *self.wire.start() || newest_common < *theirs.wire.start() {
-            return Err(Refused::Incompatible(format!(
+        versions::common(&self.wire, &theirs.wire).ok_or_else(|| {
+            Refused::Incompatible(format!(
                 "release {} speaks {}, release {} speaks {}",
                 theirs.release,
-                versions(&theirs.wire),
+                versions::in_words(&theirs.wire),
                 self.release,
-                versions(&self.wire),
-            )));
+                versions::in_words(&self.wire),
+            ))
+        })
+    }
+
+    /// Whether a message in this version may be read.
+    pub(super) fn reads(&self, version: u32) -> Result<(), Refused> {
+        if self.wire.contains(&version) {
+            return Ok(());
         }
-        Ok(())
+        let (release, reads) = (&self.release, versions::in_words(&self.wire));
+        let text = format!("a message in version {version}, release {release} speaks {reads}");
+        Err(Refused::Incompatible(text))
     }
 
     pub(super) fn write(&self, headers: &mut MetadataMap) {
@@ -105,14 +115,6 @@ impl Passport {
             incarnation: number(INCARNATION, 16)?,
             epoch: number(EPOCH, 10)?,
         })
-    }
-}
-
-fn versions(range: &RangeInclusive<u32>) -> String {
-    if range.start() == range.end() {
-        format!("version {}", range.start())
-    } else {
-        format!("versions {} to {}", range.start(), range.end())
     }
 }
 
@@ -159,16 +161,22 @@ mod tests {
     #[test]
     fn ranges_that_meet_are_compatible() {
         for (ours, theirs, fits) in [
-            (1..=1, 1..=1, true),
-            (1..=2, 2..=3, true),
-            (2..=3, 1..=2, true),
-            (1..=4, 2..=3, true),
-            (1..=1, 2..=3, false),
-            (2..=3, 1..=1, false),
+            (1..=1, 1..=1, Some(1)),
+            (1..=2, 2..=3, Some(2)),
+            (2..=3, 1..=2, Some(2)),
+            (1..=4, 2..=3, Some(3)),
+            (1..=1, 2..=3, None),
+            (2..=3, 1..=1, None),
         ] {
             let checked = passport(ours.clone(), "a").check(&passport(theirs.clone(), "b"));
-            assert_eq!(checked.is_ok(), fits, "{ours:?} {theirs:?}");
+            assert_eq!(checked.ok(), fits, "{ours:?} {theirs:?}");
         }
+        assert_eq!(passport(1..=2, "a").reads(2), Ok(()));
+        let refused = passport(1..=2, "a").reads(3).unwrap_err().to_string();
+        assert_eq!(
+            refused,
+            "incompatible versions: a message in version 3, release a speaks versions 1 to 2"
+        );
     }
 
     #[test]

@@ -16,6 +16,8 @@ use super::envelope;
 use super::passport::Passport;
 use super::traffic::Traffic;
 use super::transport::Shared;
+use crate::announce;
+use crate::events::{EventId, fields};
 use crate::pki::{Caller, Role};
 use crate::proto::node::Envelope;
 use crate::proto::node::peers_server::Peers as PeersService;
@@ -112,9 +114,25 @@ impl Service {
         let (remote, node) = (caller.remote, identity.node);
         let passport = Passport::read(request.metadata());
         Ok(passport.and_then(|passport| {
-            self.shared.own().passport.check(&passport)?;
+            let fits = self.shared.own().passport.check(&passport);
+            if let Err(refused @ Refused::Incompatible(_)) = &fits
+                && self.shared.is_first_refusal(node, passport.incarnation)
+            {
+                announce!(
+                    EventId::Incompatible,
+                    { fields::PEER } = %node,
+                    "node {node} at {} is not heard: {refused}",
+                    remote.ip()
+                );
+            }
+            fits?;
             Ok(Visitor { node, remote, passport })
         }))
+    }
+
+    /// Whether a message in this version can be read. Whoever names none speaks the first.
+    fn reads(&self, version: u32) -> Result<(), Refused> {
+        self.shared.own().passport.reads(version.max(1))
     }
 
     async fn answer(&self, visitor: Visitor, envelope: Envelope) -> Result<Bytes, Refused> {
@@ -127,6 +145,7 @@ impl Service {
             }
             return Ok(Bytes::new());
         }
+        self.reads(envelope.wire_version)?;
         let method = Method::of_number(envelope.method);
         let method = method.ok_or_else(|| unknown(envelope.method))?;
         admit(standing, method)?;
@@ -152,6 +171,7 @@ impl Service {
         let opening = opening.map_err(|_| malformed("the stream did not begin in time"))?;
         let opening = opening.map_err(|status| Refused::Malformed(status.message().to_owned()))?;
         let opening = opening.ok_or_else(|| malformed("the stream ended before it began"))?;
+        self.reads(opening.wire_version)?;
         let method = StreamMethod::of_number(opening.method);
         let method = method.ok_or_else(|| unknown(opening.method))?;
         admit_to_all(self.gate.standing(&visitor))?;

@@ -53,6 +53,8 @@ pub(super) struct Shared {
     hints: Mutex<Vec<Location>>,
     /// Connections of others to us, to cut them.
     doors: Mutex<HashMap<NodeId, Vec<Leash>>>,
+    /// Processes that were told that their release does not fit, each node's last.
+    refused: Mutex<HashMap<NodeId, u64>>,
 }
 
 impl fmt::Debug for Peers {
@@ -76,6 +78,7 @@ impl Peers {
             peers: Mutex::default(),
             hints: Mutex::default(),
             doors: Mutex::default(),
+            refused: Mutex::default(),
         }))
     }
 
@@ -183,6 +186,15 @@ impl Shared {
         }
     }
 
+    /// Whether this process is refused for the first time, so that the journal hears it once.
+    pub(super) fn is_first_refusal(&self, node: NodeId, incarnation: u64) -> bool {
+        let mut refused = lock(&self.refused);
+        if NODES_MAX <= refused.len() {
+            refused.clear();
+        }
+        refused.insert(node, incarnation) != Some(incarnation)
+    }
+
     /// A node has connected to us; the leash is for [`Peers::forget`].
     pub(super) fn opened(&self, node: NodeId, leash: Leash) {
         let mut doors = lock(&self.doors);
@@ -226,6 +238,11 @@ impl Transport for Peers {
         })
     }
 
+    fn ready(&self, to: &Member) -> BoxFuture<'static, Result<(), CallError>> {
+        let peer = self.0.member(to);
+        Box::pin(async move { peer?.link(Use::Calls).await.map(drop) })
+    }
+
     fn stream(
         &self,
         to: &Member,
@@ -256,7 +273,7 @@ async fn call(
     loop {
         let late = || CallError::Unreachable(format!("no connection to node {}", peer.node));
         let link = timeout_at(deadline, peer.link(Use::Calls)).await.map_err(|_| late())??;
-        let envelope = envelope::open(method.number(), body.clone());
+        let envelope = envelope::open(method.number(), link.version, body.clone());
         let mut request = dial::request(&peer.own(), envelope);
         request.set_timeout(deadline.saturating_duration_since(Instant::now()));
         let mut client = link.client();
@@ -292,7 +309,7 @@ async fn stream(
     let (accept, accepted) = oneshot::channel();
     let (leash, unwanted) = oneshot::channel();
     let outgoing = Outgoing {
-        stage: Stage::Opening(method.number()),
+        stage: Stage::Opening(method.number(), link.version),
         accepted,
         unwanted,
         requests,
@@ -325,7 +342,7 @@ async fn stream(
 }
 
 enum Stage {
-    Opening(u32),
+    Opening(u32, u32),
     Waiting,
     Sending,
     Ended,
@@ -348,9 +365,9 @@ impl Stream for Outgoing {
         let this = &mut *self;
         loop {
             match this.stage {
-                Stage::Opening(method) => {
+                Stage::Opening(method, version) => {
                     this.stage = Stage::Waiting;
-                    return Poll::Ready(Some(envelope::open(method, Bytes::new())));
+                    return Poll::Ready(Some(envelope::open(method, version, Bytes::new())));
                 }
                 Stage::Waiting => {
                     this.stage = match ready!(Pin::new(&mut this.accepted).poll(cx)) {

@@ -85,14 +85,47 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How long writing down that a node has left may take; the leader's duties repeat it.
 const RETIRE: Duration = Duration::from_secs(10);
 
+/// Why a node was retired. The words stand in its record, on every server, and are what tells it later whether it may come back by
+/// itself, under a new id; they never change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leaving {
+    /// An operator removed it. It stays out.
+    Removed,
+    /// A learner that made no progress. It comes back.
+    GivenUp,
+    /// Its card is damaged, and it asked for it. It comes back, empty.
+    SetAside,
+}
+
+impl Leaving {
+    /// As it stands in the record.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::Removed => "removed from the cluster",
+            Self::GivenUp => "given up while it was joining",
+            Self::SetAside => "set aside to be filled again",
+        }
+    }
+
+    /// Whether one that is retired in these words may join again by itself.
+    pub fn may_join_again(words: &str) -> bool {
+        words == Self::GivenUp.words() || words == Self::SetAside.words()
+    }
+}
+
 /// What is wanted.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Change {
     AddLearner(Member),
-    Remove(NodeId),
+    /// Whoever leaves to come back is written down first: a crash between the two must not leave one that the next leader would take
+    /// for removed by an operator. The next leader removes whoever is written down.
+    Remove(NodeId, Leaving),
     Promote(NodeId),
     Update(Member),
-    Replace { old: NodeId, new: NodeId },
+    Replace {
+        old: NodeId,
+        new: NodeId,
+    },
     TransferLeader(NodeId),
 }
 
@@ -148,11 +181,13 @@ struct Plan {
     ready: Option<NodeId>,
     /// Who leaves, and why.
     retires: Option<(NodeId, String)>,
+    /// Before the change, not after it.
+    retires_first: bool,
 }
 
 impl Plan {
     const fn new(change: ChangeMembers<u64, Contact>, words: String) -> Self {
-        Self { change, words, voters: None, ready: None, retires: None }
+        Self { change, words, voters: None, ready: None, retires: None, retires_first: false }
     }
 }
 
@@ -172,7 +207,7 @@ fn plan(change: &Change, roster: &Roster) -> Result<Option<Plan>, ChangeError> {
             let words = format!("updating {}", roster.name(member.id));
             Ok(Some(Plan::new(ChangeMembers::SetNodes(nodes), words)))
         }
-        Change::Remove(id) => plan_removal(*id, roster).map(Some),
+        Change::Remove(id, why) => plan_removal(*id, *why, roster).map(Some),
         Change::Promote(id) => {
             if !roster.find(*id)?.learner {
                 return Err(ChangeError::NotLearner);
@@ -201,18 +236,19 @@ fn plan_learner(member: &Member, roster: &Roster) -> Result<Option<Plan>, Change
     Ok(Some(Plan::new(ChangeMembers::AddNodes(nodes), words)))
 }
 
-fn plan_removal(id: NodeId, roster: &Roster) -> Result<Plan, ChangeError> {
+fn plan_removal(id: NodeId, why: Leaving, roster: &Roster) -> Result<Plan, ChangeError> {
     let leaving = roster.find(id)?;
     let words = format!("removing {}", roster.name(id));
-    let retires = Some((id, "removed from the cluster".to_owned()));
+    let retires = Some((id, why.words().to_owned()));
+    let retires_first = why != Leaving::Removed;
     if leaving.learner {
         let plan = Plan::new(ChangeMembers::RemoveNodes(one(id)), words);
-        return Ok(Plan { retires, ..plan });
+        return Ok(Plan { retires, retires_first, ..plan });
     }
     let mut voters = roster.voters();
     voters.remove(&id);
     let plan = Plan::new(ChangeMembers::RemoveVoters(one(id)), words);
-    Ok(Plan { retires, voters: Some(voters), ..plan })
+    Ok(Plan { retires, retires_first, voters: Some(voters), ..plan })
 }
 
 /// The new one's vote and the end of the old one's are one change, so that the number of voters never moves.
@@ -227,7 +263,8 @@ fn plan_replacement(
         None if coming.learner => plan(&Change::Promote(new), roster),
         None => Ok(None),
         Some(_) if !coming.learner => {
-            plan_removal(old, roster).map(|plan| Some(Plan { retires, ..plan }))
+            let plan = plan_removal(old, Leaving::Removed, roster)?;
+            Ok(Some(Plan { retires, ..plan }))
         }
         Some(leaving) => {
             let mut voters = roster.voters();
@@ -251,7 +288,7 @@ fn is_visible(change: &Change, status: &Status) -> bool {
     let find = |id: NodeId| status.members.iter().find(|member| member.id == id);
     match change {
         Change::AddLearner(member) => find(member.id).is_some(),
-        Change::Remove(id) => find(*id).is_none(),
+        Change::Remove(id, _) => find(*id).is_none(),
         Change::Promote(id) => find(*id).is_some_and(|member| !member.learner),
         Change::Update(wanted) => {
             find(wanted.id).is_some_and(|member| Contact::of(member) == Contact::of(wanted))
@@ -295,7 +332,16 @@ impl Node {
 
     /// Removes a member for good.
     pub async fn remove_member(&self, id: NodeId, deadline: Instant) -> Result<(), ChangeError> {
-        self.change(Change::Remove(id), deadline).await
+        self.change(Change::Remove(id, Leaving::Removed), deadline).await
+    }
+
+    /// Takes this node out, to come back as another one, if the others are a majority without it.
+    pub async fn set_aside(&self, deadline: Instant) -> Result<(), ChangeError> {
+        match self.change(Change::Remove(self.id(), Leaving::SetAside), deadline).await {
+            // Another leader has finished it meanwhile.
+            Err(ChangeError::NotFound) => Ok(()),
+            result => result,
+        }
     }
 
     /// Gives a learner its vote, once it has caught up.
@@ -384,7 +430,7 @@ impl Node {
 
     async fn wait_visible(&self, change: &Change) -> Result<(), ChangeError> {
         // Whoever has left is sent nothing any more, not even that.
-        if matches!(change, Change::Remove(id) | Change::Replace { old: id, .. } if *id == self.id())
+        if matches!(change, Change::Remove(id, _) | Change::Replace { old: id, .. } if *id == self.id())
         {
             return Ok(());
         }
@@ -465,11 +511,12 @@ impl Node {
         if leaves && self.step_aside(&roster).await.is_ok() {
             return Err(ChangeError::NoLeader);
         }
+        let (first, then) = plan.retires.into_iter().partition(|_| plan.retires_first);
+        self.retire_all(first).await?;
         self.propose_members(plan.change, &roster).await?;
         announce!(EventId::MembersChanged, "members changed: {}", plan.words);
-        if let Some((id, reason)) = plan.retires {
-            self.retire(id, reason).await;
-        }
+        // If that fails now, the leader's duties do it.
+        drop(self.retire_all(then).await);
         Ok(())
     }
 
@@ -516,18 +563,28 @@ impl Node {
     pub(super) async fn finish_change(&self, roster: &Roster) -> Result<(), ChangeError> {
         self.propose_members(ChangeMembers::AddVoterIds(BTreeSet::new()), roster).await?;
         for id in &roster.leaving {
-            self.retire(*id, "removed from the cluster".to_owned()).await;
+            // If that fails now, the leader's duties do it.
+            drop(self.retire(*id, Leaving::Removed.words().to_owned()).await);
         }
         Ok(())
     }
 
-    /// Writes down that a node has left. If that fails now, the leader's duties do it.
-    pub(super) async fn retire(&self, id: NodeId, reason: String) {
+    /// Writes down that nodes have left, or leave now.
+    async fn retire_all(&self, leaving: Vec<(NodeId, String)>) -> Result<(), ChangeError> {
+        for (id, reason) in leaving {
+            self.retire(id, reason).await?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn retire(&self, id: NodeId, reason: String) -> Result<(), ChangeError> {
         let retire = cluster_change::Change::Retire(wire::Retire { node: id.get(), reason });
         let command = Command::Cluster(wire::ClusterChange { change: Some(retire) });
-        if let Err(error) = self.propose(command, self.env().clock.now() + RETIRE).await {
+        let written = self.propose(command, self.env().clock.now() + RETIRE).await;
+        written.map(drop).map_err(|error| {
             tracing::warn!(node = %id, %error, "the end of a member is not written down yet");
-        }
+            ChangeError::TimedOut
+        })
     }
 
     /// The members now, if this node leads.
@@ -587,7 +644,9 @@ impl Node {
 fn asked(change: &Change) -> Asked {
     match change {
         Change::AddLearner(member) => Asked::AddLearner(types::wire_member(member)),
-        Change::Remove(id) => Asked::Remove(id.get()),
+        Change::Remove(id, Leaving::SetAside) => Asked::SetAside(id.get()),
+        // Only the leader gives anybody up, and asks nobody for it.
+        Change::Remove(id, Leaving::Removed | Leaving::GivenUp) => Asked::Remove(id.get()),
         Change::Promote(id) => Asked::Promote(id.get()),
         Change::Update(member) => Asked::Update(types::wire_member(member)),
         Change::Replace { old, new } => {
@@ -600,7 +659,8 @@ fn asked(change: &Change) -> Asked {
 fn wanted(asked: Asked) -> Change {
     match asked {
         Asked::AddLearner(member) => Change::AddLearner(types::member_from_wire(member)),
-        Asked::Remove(id) => Change::Remove(NodeId::new(id)),
+        Asked::Remove(id) => Change::Remove(NodeId::new(id), Leaving::Removed),
+        Asked::SetAside(id) => Change::Remove(NodeId::new(id), Leaving::SetAside),
         Asked::Promote(id) => Change::Promote(NodeId::new(id)),
         Asked::Update(member) => Change::Update(types::member_from_wire(member)),
         Asked::Replace(wire::Replacement { old, new }) => {
@@ -680,15 +740,35 @@ mod tests {
     #[test]
     fn a_removal_retires_and_tells_which_voters_remain() {
         let three = roster(&[1, 2, 3], &[4]);
-        let voter = planned(&Change::Remove(id(2)), &three);
+        let voter = planned(&Change::Remove(id(2), Leaving::Removed), &three);
         assert_eq!(voter.change, ChangeMembers::RemoveVoters([2].into()));
         assert_eq!((voter.voters, voter.words.as_str()), (ids(&[1, 3]), "removing pi-2"));
         assert_eq!(voter.retires.unwrap().0, id(2));
-        let learner = planned(&Change::Remove(id(4)), &three);
+        let learner = planned(&Change::Remove(id(4), Leaving::Removed), &three);
         assert_eq!(learner.change, ChangeMembers::RemoveNodes([4].into()));
         assert_eq!(learner.voters, None, "nobody's majority changes");
-        assert_eq!(plan(&Change::Remove(id(9)), &three), Err(ChangeError::NotFound));
-        assert_eq!(planned(&Change::Remove(id(1)), &roster(&[1], &[])).voters, ids(&[]));
+        assert_eq!(
+            plan(&Change::Remove(id(9), Leaving::Removed), &three),
+            Err(ChangeError::NotFound)
+        );
+        let last = planned(&Change::Remove(id(1), Leaving::Removed), &roster(&[1], &[]));
+        assert_eq!(last.voters, ids(&[]));
+    }
+
+    #[test]
+    fn who_comes_back_is_written_down_before_it_goes_and_in_words_it_knows() {
+        let three = roster(&[1, 2, 3], &[4]);
+        for (who, why, first) in [
+            (2, Leaving::Removed, false),
+            (2, Leaving::SetAside, true),
+            (4, Leaving::Removed, false),
+            (4, Leaving::GivenUp, true),
+        ] {
+            let plan = planned(&Change::Remove(id(who), why), &three);
+            let (leaving, words) = plan.retires.unwrap();
+            assert_eq!((leaving, plan.retires_first), (id(who), first), "{why:?}");
+            assert_eq!(Leaving::may_join_again(&words), first, "{words}");
+        }
     }
 
     #[test]
@@ -739,7 +819,8 @@ mod tests {
     fn every_change_and_every_answer_survives_the_way() {
         for change in [
             Change::AddLearner(Member { replaces: Some(id(1)), ..member(2, true) }),
-            Change::Remove(id(2)),
+            Change::Remove(id(2), Leaving::Removed),
+            Change::Remove(id(2), Leaving::SetAside),
             Change::Promote(id(3)),
             Change::Update(member(4, true)),
             Change::Replace { old: id(5), new: id(6) },

@@ -14,6 +14,7 @@
 //!   others' cards, and a transfer is an election. It is handed over before the node gives up on its card
 //!   ([`limits::CARD_HUNG_EXIT`]), because the exit would be a longer gap; and earlier if what waits for the card fills memory.
 //! - A hand-over that did not work is not repeated at once.
+//! - Who is written down as gone gets no vote.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -61,6 +62,8 @@ pub(super) struct View {
     pub(super) strangers: BTreeSet<NodeId>,
     /// Members that are written down as gone.
     pub(super) ghosts: BTreeSet<NodeId>,
+    /// The format that the cluster could have, if it has an older one: what every member reads.
+    pub(super) format_due: Option<u32>,
 }
 
 /// What to do.
@@ -85,13 +88,18 @@ pub(super) enum Duty {
     Retire(NodeId),
     /// Remove this member: it is written down as gone.
     Evict(NodeId),
+    /// Write data in this format from now on.
+    RaiseFormat(u32),
 }
 
 /// What is remembered between two looks. Starts anew with every term.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Duties {
+    /// A learner that has not answered for so long is given up.
+    silent_max: Duration,
     joint_before: bool,
     strangers_before: BTreeSet<NodeId>,
+    format_due_before: Option<u32>,
     handed_over_at: Option<Instant>,
     progress: BTreeMap<NodeId, Progress>,
 }
@@ -104,7 +112,25 @@ struct Progress {
     heard_at: Instant,
 }
 
+impl Default for Duties {
+    fn default() -> Self {
+        Self::new(limits::LEARNER_SILENT_MAX)
+    }
+}
+
 impl Duties {
+    /// Nothing is remembered yet.
+    pub(super) const fn new(silent_max: Duration) -> Self {
+        Self {
+            silent_max,
+            joint_before: false,
+            strangers_before: BTreeSet::new(),
+            format_due_before: None,
+            handed_over_at: None,
+            progress: BTreeMap::new(),
+        }
+    }
+
     /// What to do now.
     pub(super) fn decide(&mut self, now: Instant, view: &View) -> Vec<Duty> {
         let mut duties = Vec::new();
@@ -120,6 +146,9 @@ impl Duties {
         let seen_twice = view.strangers.intersection(&self.strangers_before);
         duties.extend(seen_twice.copied().map(Duty::Retire));
         self.strangers_before.clone_from(&view.strangers);
+        let due_before = std::mem::replace(&mut self.format_due_before, view.format_due);
+        duties
+            .extend(view.format_due.filter(|due| due_before == Some(*due)).map(Duty::RaiseFormat));
         duties
     }
 
@@ -137,7 +166,8 @@ impl Duties {
     }
 
     fn judge_learners(&mut self, now: Instant, view: &View, duties: &mut Vec<Duty>) {
-        let learners = || view.peers.iter().filter(|peer| peer.learner);
+        let stays = |peer: &&Peer| peer.learner && !view.ghosts.contains(&peer.id);
+        let learners = || view.peers.iter().filter(stays);
         self.progress.retain(|id, _| learners().any(|learner| learner.id == *id));
         for learner in learners() {
             let progress = self.progress.entry(learner.id).or_insert(Progress {
@@ -151,12 +181,18 @@ impl Duties {
             if progress.matched != learner.matched || learner.has_caught_up(view.last_index) {
                 *progress = Progress { matched: learner.matched, moved_at: now, ..*progress };
             }
-            duties.extend(judge(now, view, learner, *progress));
+            duties.extend(judge(now, view, learner, *progress, self.silent_max));
         }
     }
 }
 
-fn judge(now: Instant, view: &View, learner: &Peer, progress: Progress) -> Option<Duty> {
+fn judge(
+    now: Instant,
+    view: &View,
+    learner: &Peer,
+    progress: Progress,
+    silent_max: Duration,
+) -> Option<Duty> {
     if learner.is_alive() && learner.has_caught_up(view.last_index) {
         return Some(match learner.replaces {
             Some(old) => Duty::Replace { old, new: learner.id },
@@ -165,7 +201,7 @@ fn judge(now: Instant, view: &View, learner: &Peer, progress: Progress) -> Optio
     }
     let silent = now.saturating_duration_since(progress.heard_at);
     let stuck = now.saturating_duration_since(progress.moved_at);
-    if limits::LEARNER_SILENT_MAX <= silent {
+    if silent_max <= silent {
         Some(Duty::GiveUp(learner.id, silent))
     } else if limits::LEARNER_STUCK_MAX <= stuck {
         Some(Duty::GiveUp(learner.id, stuck))
@@ -335,6 +371,28 @@ mod tests {
     }
 
     #[test]
+    fn format_that_everybody_reads_is_raised_at_the_second_look() {
+        let (mut duties, start) = (Duties::default(), Instant::now());
+        let due = |format_due| View { format_due, ..view(&[voter(2), voter(3)]) };
+        for (format_due, expected) in [
+            (Some(2), vec![]),
+            (Some(2), vec![Duty::RaiseFormat(2)]),
+            (Some(3), vec![]),
+            (None, vec![]),
+            (Some(3), vec![]),
+            (Some(3), vec![Duty::RaiseFormat(3)]),
+        ] {
+            assert_eq!(duties.decide(start, &due(format_due)), expected, "{format_due:?}");
+        }
+        let joint = View { joint: true, ..due(Some(3)) };
+        assert_eq!(
+            duties.decide(start, &joint),
+            [],
+            "while members change nobody is sure who they are"
+        );
+    }
+
+    #[test]
     fn what_a_dead_leader_left_half_done_is_finished_after_a_second_look() {
         let (mut duties, start) = (Duties::default(), Instant::now());
         let joint = View { joint: true, ..view(&[voter(2), learner(3, Some(1_000))]) };
@@ -345,5 +403,8 @@ mod tests {
         assert_eq!(duties.decide(start, &gone), [Duty::Retire(id(9))]);
         let back = View { ghosts: [id(2)].into(), ..view(&[voter(2)]) };
         assert_eq!(duties.decide(start, &back), [Duty::Evict(id(2))]);
+        // Given up, and not removed yet, and now it is there: it comes back as another one.
+        let late = View { ghosts: [id(2)].into(), ..view(&[learner(2, Some(1_000))]) };
+        assert_eq!(duties.decide(start, &late), [Duty::Evict(id(2))]);
     }
 }

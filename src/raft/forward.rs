@@ -37,7 +37,7 @@ use crate::types::{LogIndex, NodeId, Term};
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// How long the answer of a leader that was replaced is waited for.
-const DEPOSED: Duration = Duration::from_secs(1);
+const DEPOSED: Duration = Duration::from_millis(500);
 
 /// An outcome, and where its command stands in the log.
 #[derive(Clone, Debug, PartialEq)]
@@ -169,7 +169,7 @@ impl Node {
         deadline: Instant,
     ) -> Result<Outcome, ProposeError> {
         let _pending = self.counters().proposal();
-        let result = self.propose_by(command.encode(), deadline).await;
+        let result = self.propose_by(command.encode_in(self.format()), deadline).await;
         self.counters().proposed(&result);
         result
     }
@@ -235,7 +235,7 @@ impl Node {
     ) -> Result<Outcome, ProposeError> {
         self.check_backlog()?;
         let _pending = self.counters().proposal();
-        let encoded = command.encode();
+        let encoded = command.encode_in(self.format());
         let mut entered = false;
         let attempts = self.propose_here(&encoded, Some(term), &mut entered);
         let result = match tokio::time::timeout_at(deadline.into(), attempts).await {
@@ -316,6 +316,13 @@ impl Node {
 
     /// One try at the leader.
     async fn forward(&self, leader: &Member, encoded: &Encoded, deadline: Instant) -> Attempt {
+        tokio::select! {
+            // Without a connection nothing leaves: whoever leads instead is asked at once.
+            ready = self.transport().ready(leader) => if let Err(error) = ready {
+                return judge(Err(error));
+            },
+            () = self.replaced(leader.id) => return Attempt::NotEntered(None),
+        }
         let timeout_millis = millis_until(self.env().clock.now(), deadline);
         let request = wire::ProposeRequest { command: encoded.bytes().clone(), timeout_millis };
         let timeout = Duration::from_millis(timeout_millis);
@@ -329,12 +336,18 @@ impl Node {
     /// Completes when this one has not led for a while: one that lost its place in good order still answers, one that is gone or
     /// cut off does not, and its client need not wait until its deadline to hear that nobody knows.
     async fn deposed(&self, leader: NodeId) {
-        let mut status = self.watch_status();
-        let other = |status: &Status| status.leader.is_some_and(|other| other != leader);
-        if status.wait_for(other).await.is_err() {
-            return std::future::pending().await;
-        }
+        self.replaced(leader).await;
         tokio::time::sleep(DEPOSED).await;
+    }
+
+    /// Completes when somebody else leads.
+    async fn replaced(&self, leader: NodeId) {
+        // Not the status: that one changes with every entry, and would wake everybody who waits here.
+        let mut leads = self.watch_leader();
+        let other = |now: &Option<NodeId>| now.is_some_and(|other| other != leader);
+        if leads.wait_for(other).await.is_err() {
+            std::future::pending().await
+        }
     }
 
     fn check_backlog(&self) -> Result<(), ProposeError> {
@@ -497,7 +510,7 @@ mod tests {
         let member = |id| Member { id: NodeId::new(id), ..Member::default() };
         let status = Status {
             leader: Some(NodeId::new(1)),
-            members: vec![member(1), member(2)],
+            members: vec![member(1), member(2)].into(),
             ..Status::default()
         };
         let tried = |named: Option<u64>| target(&status, named.map(NodeId::new)).map(|m| m.id);

@@ -63,12 +63,17 @@ pub struct Tail {
     pub epochs: BTreeMap<NodeId, u64>,
     /// The critical flags as recorded, if everything in the log is committed, as it is on a lone node.
     pub flags: Option<Bytes>,
+    /// The newest format in which anything of it is written, or may be: the cluster's, that of a command in the log, or one that
+    /// an entry raises it to. And the release that raised it, if that is known.
+    pub format: wire::FormatRecord,
 }
 
 /// Reads the log beyond what the store has applied: after a crash that may be minutes of it.
 pub fn tail(view: &ReadTxn, wal: &Wal) -> Result<Tail, String> {
     let flags = apply::flags(view).map_err(|error| error.to_string())?;
-    let mut tail = Tail { membership: stored_membership(view)?, epochs: BTreeMap::new(), flags };
+    let format = apply::format(view).map_err(|error| error.to_string())?;
+    let mut tail =
+        Tail { membership: stored_membership(view)?, epochs: BTreeMap::new(), flags, format };
     let mut next = view.applied().map_or(LogIndex::new(0), |applied| applied.index.next());
     let end = wal.hard_state().last.map_or(LogIndex::new(0), |last| last.index.next());
     while next < end {
@@ -94,6 +99,7 @@ pub fn tail(view: &ReadTxn, wal: &Wal) -> Result<Tail, String> {
 impl Tail {
     /// A command that cannot be read is reported by whoever applies it.
     fn note(&mut self, command: &Encoded) {
+        self.format.format = self.format.format.max(command.format());
         let Ok(Command::Cluster(change)) = command.decode() else { return };
         match change.change {
             Some(Change::Boot(boot)) => {
@@ -107,7 +113,11 @@ impl Tail {
             Some(Change::SetFlag(set)) if self.flags.as_ref() == Some(&set.expected) => {
                 self.flags = Some(set.flags);
             }
-            Some(Change::SetFlag(_) | Change::Retire(_)) | None => {}
+            // Refused or not: the log may have it committed in a moment.
+            Some(Change::RaiseFormat(raise)) if self.format.format < raise.format => {
+                self.format = wire::FormatRecord { format: raise.format, release: raise.release };
+            }
+            Some(Change::SetFlag(_) | Change::Retire(_) | Change::RaiseFormat(_)) | None => {}
         }
     }
 }

@@ -10,17 +10,19 @@
 //! What to do: `duties`. How members are changed: `change`.
 
 use std::collections::BTreeSet;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use super::change::{Change, ChangeError, Roster};
+use super::change::{Change, ChangeError, Leaving, Roster};
 use super::duties::{Duties, Duty, Peer, View, successor};
 use super::node::Shared;
-use super::{Node, Role, Status};
+use super::{Node, ProposeError, Role, Status};
+use crate::command::Command;
 use crate::env::Clock;
 use crate::events::{EventId, fields};
+use crate::proto::node::{ClusterChange, NodeRecord, RaiseFormat, cluster_change};
 use crate::types::{NodeId, Term};
-use crate::{announce, apply, limits};
+use crate::{announce, apply, limits, versions};
 
 /// How often the leader looks.
 const TICK: Duration = Duration::from_secs(1);
@@ -35,8 +37,8 @@ const STEP_ASIDE: Duration = Duration::from_secs(2);
 const HAND_OVER: Duration = Duration::from_secs(5);
 
 /// Looks and acts until the node is gone.
-pub(super) async fn run(node: Weak<Shared>, clock: std::sync::Arc<dyn Clock>) {
-    let mut duties = (Term::default(), Duties::default());
+pub(super) async fn run(node: Weak<Shared>, clock: Arc<dyn Clock>, learner_silent_max: Duration) {
+    let mut duties = (Term::default(), Duties::new(learner_silent_max));
     let mut warned = None;
     loop {
         clock.sleep(TICK).await;
@@ -48,7 +50,7 @@ pub(super) async fn run(node: Weak<Shared>, clock: std::sync::Arc<dyn Clock>) {
             continue;
         }
         if duties.0 != status.term {
-            duties = (status.term, Duties::default());
+            duties = (status.term, Duties::new(learner_silent_max));
         }
         node.look_and_act(&mut duties.1).await;
     }
@@ -70,6 +72,17 @@ fn warn_of_even_voters(status: &Status, warned: &mut Option<usize>) {
             voters - 1
         );
     }
+}
+
+/// The format that the cluster could have, if it has an older one. Whoever has not started yet has announced nothing.
+fn format_due(now: u32, members: &BTreeSet<NodeId>, known: &[(NodeId, NodeRecord)]) -> Option<u32> {
+    let reads = |id: &NodeId| {
+        let record = known.iter().find(|(known, _)| known == id);
+        record.map_or(versions::FORMAT_FIRST, |(_, record)| versions::announced(record.format))
+    };
+    // This leader may know less than all others.
+    let newest = members.iter().map(reads).min()?.min(versions::own().format);
+    Some(newest).filter(|newest| now < *newest)
 }
 
 impl Node {
@@ -128,6 +141,7 @@ impl Node {
             peers: peers.collect(),
             strangers: ids(|member, retired| !member && !retired),
             ghosts: ids(|member, retired| member && retired),
+            format_due: format_due(self.format(), &members, &known),
         })
     }
 
@@ -153,7 +167,7 @@ impl Node {
                 self.change_to_its_end(Change::Replace { old, new }).await
             }
             Duty::GiveUp(id, idle) => {
-                self.change_to_its_end(Change::Remove(id)).await?;
+                self.change_to_its_end(Change::Remove(id, Leaving::GivenUp)).await?;
                 announce!(
                     EventId::LearnerGivenUp,
                     { fields::PEER } = %roster.name(id),
@@ -163,12 +177,25 @@ impl Node {
                 );
                 Ok(())
             }
-            Duty::Retire(id) => {
-                self.retire(id, "removed from the cluster".to_owned()).await;
-                Ok(())
-            }
-            Duty::Evict(id) => self.change_to_its_end(Change::Remove(id)).await,
+            Duty::Retire(id) => self.retire(id, Leaving::Removed.words().to_owned()).await,
+            Duty::Evict(id) => self.change_to_its_end(Change::Remove(id, Leaving::Removed)).await,
+            Duty::RaiseFormat(format) => self.raise_format(format).await,
         }
+    }
+
+    /// Has the cluster write in this format; whether every member reads it is looked at once more where the entry is applied.
+    async fn raise_format(&self, format: u32) -> Result<(), ChangeError> {
+        let release = versions::own().name.to_owned();
+        let raise = cluster_change::Change::RaiseFormat(RaiseFormat { format, release });
+        let command = Command::Cluster(ClusterChange { change: Some(raise) });
+        let deadline = self.env().clock.now() + DUTY;
+        let proposed = self.propose(command, deadline).await;
+        proposed.map(drop).map_err(|error| match error {
+            ProposeError::TimedOut => ChangeError::TimedOut,
+            ProposeError::NoLeader | ProposeError::LeaderChanged => ChangeError::NoLeader,
+            ProposeError::TooManyRequests => ChangeError::Busy,
+            ProposeError::Stopped => ChangeError::Stopped,
+        })
     }
 
     /// Lets `to` lead, as the leader, and returns when somebody else does.

@@ -60,7 +60,7 @@ use crate::apply::LeaseChange;
 use crate::mvcc::RevisionEvents;
 use crate::types::{ClusterId, LogId, LogIndex, NodeId, Revision, Term};
 
-pub use change::ChangeError;
+pub use change::{ChangeError, Leaving};
 pub use node::{Node, Options, Parts, StartError, StopError};
 pub use quorum::QuorumNumbers;
 pub use stats::{Progress, Stats};
@@ -156,8 +156,8 @@ pub struct Status {
     pub committed: LogIndex,
     /// In the store.
     pub applied: LogIndex,
-    /// All members.
-    pub members: Vec<Member>,
+    /// All members. Shared, because a status is copied for many a request.
+    pub members: Arc<[Member]>,
 }
 
 impl Status {

@@ -21,10 +21,10 @@ use super::read::{self, Reader};
 use super::state_machine::{AppliedNote, StateMachine};
 use super::stats::{Counters, Stats};
 use super::transport::{Refused, Transport};
-use super::types::{self, Raft, TypeConfig};
+use super::types::{self, Raft, StoredMembership, TypeConfig};
 use super::{Follow, Member, Role, Status};
 use crate::announce;
-use crate::apply::Operations;
+use crate::apply::{self, Operations};
 use crate::env::Env;
 use crate::events::{EventId, fields};
 use crate::limits;
@@ -43,6 +43,8 @@ pub struct Options {
     pub election_min: Duration,
     /// See above. So a leader that died is replaced within twice this, and the time a vote takes.
     pub election_max: Duration,
+    /// A learner that has not answered for so long is given up: [`limits::LEARNER_SILENT_MAX`], unless a test cannot wait.
+    pub learner_silent_max: Duration,
     /// When the store is made durable.
     pub checkpoint: checkpoint::Policy,
 }
@@ -93,6 +95,8 @@ pub(super) struct Shared {
     env: Env,
     id: NodeId,
     status: watch::Receiver<Status>,
+    /// Whom it follows: a part of `status`, for those who wait for nothing else.
+    leader: watch::Receiver<Option<NodeId>>,
     /// Set when the node cannot go on; says why.
     failure: watch::Receiver<Option<String>>,
     fail: Arc<watch::Sender<Option<String>>>,
@@ -166,6 +170,7 @@ impl Node {
         let replay_end = wal.hard_state().last.map_or(LogIndex::new(0), |last| last.index.next());
         let clock = Arc::clone(&env.clock);
         let counters = Arc::new(Counters::new(clock, options.election_min, replay_end));
+        counters.format.store(apply::format(&store.read()?)?.format, Relaxed);
         counters.applied.send_replace(applied.map_or(LogIndex::new(0), |id| id.index));
         let (notes, applied_notes) = mpsc::unbounded_channel();
         let log_store = LogStore::new(wal.clone(), Arc::clone(&mark));
@@ -184,7 +189,8 @@ impl Node {
 
         let (fail, failure) = watch::channel(None);
         let fail = Arc::new(fail);
-        let (status, follow) = follow_metrics(&raft, cluster, id, &counters, Arc::clone(&fail));
+        let (followed, follow) = follow_metrics(&raft, cluster, id, &counters, Arc::clone(&fail));
+        let Followed { status, leader } = followed;
         let (checkpoint_requests, requests) = mpsc::unbounded_channel();
         let checkpointer = Checkpointer {
             schedule: Schedule::new(options.checkpoint, env.clock.now(), bytes_written(&wal)),
@@ -206,6 +212,7 @@ impl Node {
             env,
             id,
             status,
+            leader,
             failure,
             fail,
             counters,
@@ -216,7 +223,8 @@ impl Node {
             tasks,
         };
         let shared = Arc::new(shared);
-        tokio::spawn(lead::run(Arc::downgrade(&shared), Arc::clone(&shared.env.clock)));
+        let clock = Arc::clone(&shared.env.clock);
+        tokio::spawn(lead::run(Arc::downgrade(&shared), clock, options.learner_silent_max));
         Ok(Self { shared })
     }
 
@@ -309,6 +317,11 @@ impl Node {
         &self.shared.wal
     }
 
+    /// The format in which the cluster's data is written, as far as this node knows: never too high.
+    pub fn format(&self) -> u32 {
+        self.shared.counters.format.load(Relaxed)
+    }
+
     /// The node's state now.
     pub fn status(&self) -> Status {
         self.shared.status.borrow().clone()
@@ -328,6 +341,11 @@ impl Node {
     /// The node's state, and every change of it.
     pub fn watch_status(&self) -> watch::Receiver<Status> {
         self.shared.status.clone()
+    }
+
+    /// Whom this node follows, and every change of that.
+    pub(super) fn watch_leader(&self) -> watch::Receiver<Option<NodeId>> {
+        self.shared.leader.clone()
     }
 
     /// Becomes `Some(reason)` when the node cannot go on. Nothing is acknowledged from then on.
@@ -398,24 +416,34 @@ pub enum StopError {
     Log(String),
 }
 
+/// What [`follow_metrics`] keeps up to date.
+struct Followed {
+    status: watch::Receiver<Status>,
+    leader: watch::Receiver<Option<NodeId>>,
+}
+
 /// Translates openraft's metrics into [`Status`], and notices when it died.
-#[allow(clippy::type_complexity, reason = "two receivers and their task")]
 fn follow_metrics(
     raft: &Raft,
     cluster: ClusterId,
     id: NodeId,
     counters: &Arc<Counters>,
     fail: Arc<watch::Sender<Option<String>>>,
-) -> (watch::Receiver<Status>, JoinHandle<()>) {
+) -> (Followed, JoinHandle<()>) {
     let mut metrics = raft.metrics();
     let counters = Arc::clone(counters);
-    let (status_tx, status) = watch::channel(status_of(&metrics.borrow_watched(), cluster, id));
+    let mut roster = Roster::default();
+    let first = status_of(&metrics.borrow_watched(), cluster, id, &mut roster);
+    let (leader_tx, leader) = watch::channel(first.leader);
+    let (status_tx, status) = watch::channel(first);
     let task = tokio::spawn(async move {
         while metrics.changed().await.is_ok() {
             let (next, fatal) = {
                 let now = metrics.borrow_and_update();
-                (status_of(&now, cluster, id), now.running_state.as_ref().err().map(reason))
+                let status = status_of(&now, cluster, id, &mut roster);
+                (status, now.running_state.as_ref().err().map(reason))
             };
+            let leads = next.leader;
             status_tx.send_if_modified(|status| {
                 let changed = *status != next;
                 if next.leader.is_some() && next.leader != status.leader {
@@ -424,12 +452,30 @@ fn follow_metrics(
                 *status = next;
                 changed
             });
+            leader_tx.send_if_modified(|leader| std::mem::replace(leader, leads) != leads);
             if let Some(reason) = fatal {
                 first_reason(&fail, reason);
             }
         }
     });
-    (status, task)
+    (Followed { status, leader }, task)
+}
+
+/// The members as they were translated last: entries come by the thousand, memberships hardly ever.
+#[derive(Default)]
+struct Roster {
+    of: Option<Arc<StoredMembership>>,
+    members: Arc<[Member]>,
+}
+
+impl Roster {
+    fn members(&mut self, now: &Arc<StoredMembership>) -> Arc<[Member]> {
+        if !self.of.as_ref().is_some_and(|of| Arc::ptr_eq(of, now)) {
+            self.members = types::members(now.membership()).into();
+            self.of = Some(Arc::clone(now));
+        }
+        Arc::clone(&self.members)
+    }
 }
 
 /// The first reason stays: what follows are its consequences.
@@ -449,6 +495,7 @@ fn status_of(
     metrics: &openraft::RaftMetrics<TypeConfig>,
     cluster: ClusterId,
     id: NodeId,
+    roster: &mut Roster,
 ) -> Status {
     let role = match metrics.state {
         ServerState::Leader => Role::Leader,
@@ -472,7 +519,7 @@ fn status_of(
         last_index: LogIndex::new(metrics.last_log_index.unwrap_or(0)),
         committed: index(&metrics.local_committed),
         applied: index(&metrics.last_applied),
-        members: types::members(metrics.membership_config.membership()),
+        members: roster.members(&metrics.membership_config),
     }
 }
 

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::change::ChangeError;
+use super::change::{ChangeError, Leaving};
 use super::checkpoint::Policy;
 use super::duties::Duty;
 use super::runtime::seed_this_thread;
@@ -32,6 +32,7 @@ const OPTIONS: Options = Options {
     heartbeat: Duration::from_millis(500),
     election_min: Duration::from_secs(2),
     election_max: Duration::from_secs(4),
+    learner_silent_max: limits::LEARNER_SILENT_MAX,
     checkpoint: Policy {
         interval: limits::CHECKPOINT_INTERVAL,
         log_bytes: ByteCount::new(limits::CHECKPOINT_LOG_BYTES),
@@ -585,6 +586,84 @@ async fn a_learner_that_never_comes_delays_nobody_and_is_given_up() {
     node.carry_out(Duty::GiveUp(id(9), limits::LEARNER_SILENT_MAX), &roster).await.unwrap();
     cluster.until_voters(&[1, 2], secs(1)).await;
     cluster.until_retired(id(9)).await;
+    let reason = |node: NodeId| {
+        let view = cluster.node(1).store().read().unwrap();
+        apply::node(&view, node).unwrap().unwrap().retired_reason
+    };
+    assert!(Leaving::may_join_again(&reason(id(9))), "{}", reason(id(9)));
+    node.add_learner(&member(id(8)), deadline(secs(10))).await.unwrap();
+    node.remove_member(id(8), deadline(secs(10))).await.unwrap();
+    assert!(!Leaving::may_join_again(&reason(id(8))), "an operator's removal is final");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_learner_that_was_given_up_halfway_is_still_known_as_given_up() {
+    let mut cluster = Cluster::of(1, 17).await;
+    let node = cluster.node(1).clone();
+    node.add_learner(&member(id(9)), deadline(secs(10))).await.unwrap();
+    // The leader writes it down, and dies; the learner is there after all.
+    node.retire(id(9), Leaving::GivenUp.words().to_owned()).await.unwrap();
+    cluster.start(id(9)).await;
+    tokio::time::sleep(secs(5)).await;
+    cluster.until_voters(&[1], secs(1)).await;
+    let record = apply::node(&node.store().read().unwrap(), id(9)).unwrap().unwrap();
+    assert!(Leaving::may_join_again(&record.retired_reason), "{record:?}");
+    assert_eq!(node.status().members.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_sets_itself_aside_only_if_the_others_are_a_majority_without_it() {
+    let mut cluster = Cluster::of(3, 18).await;
+    let leader = cluster.until_leader(|_| true).await;
+    let [dead, other] = cluster.others(leader)[..] else { unreachable!("three") };
+    cluster.isolate(dead);
+    for one in [leader, other] {
+        let node = cluster.boards[&one].node.clone();
+        let refused = node.set_aside(deadline(secs(10))).await.unwrap_err();
+        assert!(matches!(refused, ChangeError::QuorumLost(_)), "{refused}");
+    }
+    cluster.network.heal();
+    tokio::time::sleep(secs(5)).await;
+    // Two at once, the leader among them: one after the other, and never so that nobody is left to lead.
+    let leader = cluster.until_leader(|_| true).await;
+    let [one, last] = cluster.others(leader)[..] else { unreachable!("three") };
+    let both = [leader, one].map(|id| cluster.boards[&id].node.clone());
+    let asides =
+        both.map(|node| tokio::spawn(async move { node.set_aside(deadline(secs(20))).await }));
+    for aside in asides {
+        aside.await.unwrap().unwrap();
+    }
+    for gone in [leader, one] {
+        cluster.boards.remove(&gone);
+    }
+    cluster.until_voters(&[last.get()], secs(20)).await;
+    for gone in [leader, one] {
+        let view = cluster.boards[&last].node.store().read().unwrap();
+        let record = apply::node(&view, gone).unwrap().unwrap();
+        assert!(Leaving::may_join_again(&record.retired_reason), "{record:?}");
+    }
+    write(&cluster.boards[&last].node, "a", "1").await;
+}
+
+/// What was lost without it: a second after the election, and then the write, though it had never left.
+#[tokio::test(start_paused = true)]
+async fn a_write_that_waits_for_the_way_to_a_dead_leader_goes_to_the_next_one_at_once() {
+    let mut cluster = Cluster::of(3, 19).await;
+    let leader = cluster.until_leader(|_| true).await;
+    let through = cluster.others(leader)[0];
+    cluster.isolate(leader);
+    cluster.boards.remove(&leader);
+    let node = cluster.boards[&through].node.clone();
+    let (mut status, began) = (node.watch_status(), now());
+    let writing =
+        tokio::spawn(async move { node.propose(put("a", "1"), deadline(secs(30))).await });
+    let other = |status: &super::Status| status.leader.is_some_and(|other| other != leader);
+    drop(status.wait_for(other).await.unwrap());
+    let elected = now();
+    writing.await.unwrap().unwrap();
+    let (gap, after) = (now() - began, now() - elected);
+    println!("written {gap:?} after the end of the leader, {after:?} after the election");
+    assert!(after < Duration::from_millis(300), "{after:?}");
 }
 
 async fn take_first_step_of_a_removal(node: &Node, leaving: NodeId) {

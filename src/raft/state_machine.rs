@@ -10,6 +10,7 @@
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use futures_util::{Stream, StreamExt};
 use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
@@ -24,8 +25,10 @@ use super::types::{
     self, Entry, Payload, RaftLogId, Reply, SnapshotMeta, StoredMembership, TypeConfig,
 };
 use super::{AppliedBatch, Follow};
+use crate::announce;
 use crate::apply::{self, Applied, Operations};
 use crate::command::Command;
+use crate::events::{EventId, fields};
 use crate::mutants::{Mutant, is_planted};
 use crate::mvcc::{ReadTxn, Store, StoreError, WriteTxn};
 use crate::proto::node as wire;
@@ -62,6 +65,8 @@ type Committed = EntryResponder<TypeConfig>;
 struct Done {
     summary: AppliedBatch,
     compaction: bool,
+    /// What the cluster knows of itself may have changed.
+    cluster: bool,
     operations: Operations,
     replies: Vec<(ApplyResponder<TypeConfig>, Reply)>,
 }
@@ -86,6 +91,21 @@ impl StateMachine {
         async move { store.defragment().await.map(drop) }
     }
 
+    /// Takes notice of the cluster's format: from here on it is what this node writes.
+    fn note_format(&self) -> Result<(), StoreError> {
+        let found = apply::format(&self.store.read()?)?;
+        if self.counters.format.swap(found.format, Relaxed) < found.format {
+            announce!(
+                EventId::FormatRaised,
+                { fields::COUNT } = found.format,
+                "every server runs release {} or one that reads as much: data is written in format {} from now on",
+                found.release,
+                found.format
+            );
+        }
+        Ok(())
+    }
+
     /// Commits, then shows the batch to followers, then answers.
     fn apply_batch(&self, batch: Vec<Committed>) -> Result<(), StoreError> {
         if batch.is_empty() {
@@ -100,6 +120,9 @@ impl StateMachine {
             }
             Ok(done)
         })?;
+        if done.cluster {
+            self.note_format()?;
+        }
         for follower in &self.followers {
             follower.applied(&done.summary);
         }
@@ -137,6 +160,7 @@ impl Done {
                     .decode()
                     .map_err(|error| StoreError::Entry { id, what: error.to_string() })?;
                 self.compaction |= matches!(command, Command::Compact(_));
+                self.cluster |= matches!(command, Command::Cluster(_));
                 let applied = apply::apply(txn, id, &command)?;
                 Ok(self.note(applied))
             }
@@ -241,6 +265,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             self.checkpoint.raise(types::log_id(last));
             self.counters.applied.send_replace(types::log_id(last).index);
         }
+        self.note_format().map_err(io::Error::other)?;
         let revision = self.store.read().map_err(io::Error::other)?.revision();
         for follower in &self.followers {
             follower.restored(revision);

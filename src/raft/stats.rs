@@ -3,7 +3,7 @@
 //! Plain atomics: whoever does the work adds, `/metrics` reads, nobody waits. Everything counts from the start of
 //! the process; what the start replays from the log is applied once more and counts as applied.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use crate::apply::Operations;
 use crate::env::Clock;
 use crate::metrics::{COUNTS, Histogram, MICROS, Observations};
 use crate::types::LogIndex;
+use crate::versions;
 
 /// etcd calls an apply slow from here on.
 const SLOW_APPLY: Duration = Duration::from_millis(100);
@@ -164,6 +165,8 @@ pub(super) struct Counters {
     replay_end: LogIndex,
     /// The last entry in the store.
     pub(super) applied: watch::Sender<LogIndex>,
+    /// The format in which the cluster's data is written, as far as it is applied here.
+    pub(super) format: AtomicU32,
     pub(super) leader_changes: AtomicU64,
     pub(super) checkpoints_failed: AtomicU64,
     proposals_pending: AtomicU64,
@@ -202,6 +205,7 @@ impl Counters {
             slow_read,
             replay_end,
             applied: watch::Sender::new(LogIndex::new(0)),
+            format: AtomicU32::new(versions::FORMAT_FIRST),
             leader_changes: AtomicU64::default(),
             checkpoints_failed: AtomicU64::default(),
             proposals_pending: AtomicU64::default(),

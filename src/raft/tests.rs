@@ -36,6 +36,7 @@ pub(super) const OPTIONS: Options = Options {
     heartbeat: Duration::from_millis(500),
     election_min: Duration::from_secs(1),
     election_max: Duration::from_millis(1500),
+    learner_silent_max: limits::LEARNER_SILENT_MAX,
     checkpoint: Policy {
         interval: limits::CHECKPOINT_INTERVAL,
         log_bytes: ByteCount::new(limits::CHECKPOINT_LOG_BYTES),

@@ -20,10 +20,6 @@ use super::Member;
 use crate::env::BoxFuture;
 use crate::types::NodeId;
 
-/// Versions of the messages between nodes that this release reads; it writes the last. Raised when an older node would
-/// misunderstand, not for every new field.
-pub const WIRE_VERSIONS: std::ops::RangeInclusive<u32> = 1..=1;
-
 /// A stream that is owned and sent between tasks.
 pub type BoxStream<T> = Pin<Box<dyn Stream<Item = T> + Send>>;
 
@@ -146,6 +142,12 @@ pub trait Transport: Send + Sync + 'static {
         request: Bytes,
         timeout: Duration,
     ) -> BoxFuture<'static, Result<Bytes, CallError>>;
+
+    /// Completes when a call would leave at once, or cannot: then nothing has left. A carrier that keeps no connections is always
+    /// ready.
+    fn ready(&self, _to: &Member) -> BoxFuture<'static, Result<(), CallError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
 
     /// Opens a stream. It ends when either side drops its end; how long it may be silent is the caller's business.
     fn stream(

@@ -6,19 +6,22 @@
 //! - Asking again changes nothing: the answer is the same, whatever was interrupted.
 //! - A name belongs to one living member. Who takes the name of a dead one takes its place.
 
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use prost::Message;
 
-use crate::apply;
+use super::stranded::stranded;
 use crate::critical::gate::{self, NotAdmitted};
+use crate::events::EventId;
 use crate::proto::node::admit_reply::Result as Answer;
 use crate::proto::node::{AdmitReply, AdmitRequest};
-use crate::raft::transport::{CallError, Method, Refused, Transport, WIRE_VERSIONS};
-use crate::raft::{ChangeError, Member, Node, Role};
+use crate::raft::transport::{CallError, Method, Refused, Transport};
+use crate::raft::{ChangeError, Member, Node, Role, Status};
 use crate::types::NodeId;
-use crate::{limits, raft};
+use crate::{announce, apply, limits, raft, versions};
 
 /// How long the leader works on one admission.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -69,10 +72,46 @@ fn reply(result: Answer, detail: impl Into<String>) -> AdmitReply {
     AdmitReply { result: result.into(), detail: detail.into(), ..AdmitReply::default() }
 }
 
+/// Who asks to be let in again in place of a voter.
+#[derive(Debug, Default)]
+pub(super) struct Waiting(Mutex<Forgot>);
+
+#[derive(Debug, Default)]
+struct Forgot {
+    voters: BTreeSet<NodeId>,
+    told: Option<String>,
+}
+
+impl Waiting {
+    /// Notes a knock. What to say, the first time that too few are left to choose a leader.
+    fn note(&self, status: &Status, replaces: u64) -> Option<String> {
+        let mut forgot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever leads, or seems to: without a majority of voters nobody does.
+        forgot.voters.insert(NodeId::new(replaces));
+        forgot.voters.retain(|id| status.members.iter().any(|one| one.id == *id && !one.learner));
+        // Of those who do not ask this node knows nothing, so they count as there.
+        let all = status.members.iter().map(|member| member.id).collect();
+        let text = stranded(&status.members, &forgot.voters, &all)?;
+        if forgot.told.as_ref() == Some(&text) {
+            return None;
+        }
+        forgot.told = Some(text.clone());
+        Some(text)
+    }
+}
+
 /// The leader's side.
-pub(super) async fn answer(node: &Node, from: NodeId, request: Bytes) -> Result<Bytes, Refused> {
+pub(super) async fn answer(
+    node: &Node,
+    waiting: &Waiting,
+    from: NodeId,
+    request: Bytes,
+) -> Result<Bytes, Refused> {
     let request =
         AdmitRequest::decode(request).map_err(|error| Refused::Malformed(error.to_string()))?;
+    if let Some(text) = waiting.note(&node.status(), request.replaces) {
+        announce!(EventId::MajorityForgot, "{text}");
+    }
     Ok(admit(node, from, request).await?.encode_to_vec().into())
 }
 
@@ -94,6 +133,15 @@ async fn admit(node: &Node, from: NodeId, request: AdmitRequest) -> Result<Admit
         && known.retired
     {
         return Ok(reply(Answer::Retired, known.retired_reason));
+    }
+    let (cluster, reads) = (node.format(), versions::announced(request.format));
+    if reads < cluster {
+        let detail = format!(
+            "the cluster's data is in format {cluster}, release {} reads up to {reads}",
+            request.release
+        );
+        announce!(EventId::Incompatible, "{} is not admitted: {detail}", wanted.name);
+        return Ok(reply(Answer::Incompatible, detail));
     }
     let record = apply::flags(&view).map_err(|error| not_now(error.to_string()))?;
     let _matched = match gate::admission(&record.unwrap_or_default(), &request.flags) {
@@ -124,8 +172,13 @@ async fn admit(node: &Node, from: NodeId, request: AdmitRequest) -> Result<Admit
 pub(super) enum Asked {
     /// The leader answered.
     Answered(AdmitReply),
-    /// Nobody could; why, of the last one asked.
-    Nobody(String),
+    /// Nobody could.
+    Nobody {
+        /// Why, of the last one asked.
+        why: String,
+        /// Who is there as who it was.
+        there: BTreeSet<NodeId>,
+    },
 }
 
 /// The asking side: one round, following whoever names the leader.
@@ -136,7 +189,7 @@ pub(super) async fn ask(
 ) -> Asked {
     let bytes = Bytes::from(request.encode_to_vec());
     let mut left: Vec<&Member> = contacts.iter().collect();
-    let mut last = "no other server is known".to_owned();
+    let (mut last, mut there) = ("no other server is known".to_owned(), BTreeSet::new());
     while let Some(to) = left.pop() {
         let timeout = ANSWER_TIMEOUT + Duration::from_secs(2);
         match transport.call(to, Method::Admit, bytes.clone(), timeout).await {
@@ -150,12 +203,18 @@ pub(super) async fn ask(
                     let leader = left.remove(at);
                     left.push(leader);
                 }
+                there.insert(to.id);
                 last = format!("{} does not lead", to.name);
             }
-            Err(error) => last = format!("{}: {error}", to.name),
+            Err(error) => {
+                if let CallError::Refused(Refused::NotLeader(None) | Refused::NotReady(_)) = error {
+                    there.insert(to.id);
+                }
+                last = format!("{}: {error}", to.name);
+            }
         }
     }
-    Asked::Nobody(last)
+    Asked::Nobody { why: last, there }
 }
 
 /// What a node says of itself when it asks.
@@ -163,9 +222,10 @@ pub(super) fn request(member: &Member, flags: Vec<u8>, replaces: Option<NodeId>)
     AdmitRequest {
         member: Some(raft::wire_member(member)),
         flags: flags.into(),
-        release: env!("CARGO_PKG_VERSION").to_owned(),
-        wire_version: *WIRE_VERSIONS.end(),
+        release: versions::own().name.to_owned(),
+        wire_version: *versions::own().wire.end(),
         replaces: replaces.map_or(0, NodeId::get),
+        format: versions::own().format,
     }
 }
 

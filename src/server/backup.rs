@@ -27,7 +27,7 @@ const FREE_BYTES_MIN: u64 = 128 << 20;
 struct Moment {
     view: ReadTxn,
     applied: LogId,
-    members: Vec<Member>,
+    members: Arc<[Member]>,
 }
 
 impl Revisions for ReadTxn {

@@ -78,6 +78,13 @@ impl Cockpit {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// This host is at another address: its certificates name that one.
+    pub(super) fn moved(&self, config: &Config) -> Result<(), RunError> {
+        self.names.send_replace(names(config)?);
+        *self.config() = config.clone();
+        Ok(())
+    }
+
     /// Before the machine goes down: lets another one lead, and makes durable what is in memory.
     pub(super) async fn prepare_for_shutdown(&self) {
         let Some(node) = self.node() else { return };

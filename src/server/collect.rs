@@ -51,6 +51,11 @@ impl Collector for NodeMetrics {
         consensus(&mut page, &status, &stats)?;
         apply(&mut page, &stats)?;
         page.gauges(&[(
+            "k3s_server_cluster_format",
+            "Format in which the cluster's data is written: raised when every server reads it",
+            u64::from(self.node.format()),
+        )])?;
+        page.gauges(&[(
             "etcd_server_quota_backend_bytes",
             "Current backend storage quota size in bytes, 0 without a quota",
             self.quota_bytes.unwrap_or(0),

@@ -18,12 +18,16 @@ use thiserror::Error;
 
 use super::mend::{self, CarryOutError, Unmendable};
 use super::parts::{self, Mismatch};
+use super::tuning::Tuning;
 use crate::env::Env;
 use crate::join::{Identity, IdentityError};
 use crate::limits;
 use crate::mvcc::backend::OpenError;
 use crate::mvcc::ballast::{Sizes, Space, SpaceGuard};
 use crate::mvcc::{self, DrainOn, Store, StoreError};
+use crate::proto::node::FormatRecord;
+use crate::raft::inspect;
+use crate::versions;
 use crate::wal::{self, Old, Recovery, Wal};
 
 /// Why a data directory cannot be used.
@@ -68,6 +72,19 @@ pub enum DataDirError {
         /// What keeps it from going on.
         why: Unmendable,
     },
+    /// Written, or about to be written, in a format that this release does not read.
+    #[error(
+        "the data in {path} is in format {found}{}, release {} reads up to {}",
+        raised_by(release), versions::own().name, versions::own().format
+    )]
+    Newer {
+        /// The directory.
+        path: String,
+        /// Its format.
+        found: u32,
+        /// The release that raised it, if that is known.
+        release: String,
+    },
     /// Files of a node are there, but not the one that says whose they are.
     #[error("{path} holds {found} but no node.json, which says whose it is")]
     Orphan {
@@ -96,6 +113,17 @@ impl From<CarryOutError> for DataDirError {
 }
 
 impl DataDirError {
+    /// Whether a newer release wrote it: starting this one again changes nothing.
+    pub const fn is_newer(&self) -> bool {
+        matches!(
+            self,
+            Self::Newer { .. }
+                | Self::Store(StoreError::Format { .. })
+                | Self::Wal(wal::OpenError::Version { .. })
+                | Self::Identity(IdentityError::Format { .. })
+        )
+    }
+
     /// What the operator can do.
     pub fn remedy(&self) -> String {
         match self {
@@ -112,8 +140,11 @@ impl DataDirError {
                 "restore node.json from a backup of this node; without one, move the directory away and start as a new node"
                     .to_owned()
             }
-            Self::Store(StoreError::Format { .. }) | Self::Wal(wal::OpenError::Version { .. }) => {
-                "nothing was changed; start the newer release that wrote it".to_owned()
+            Self::Store(StoreError::Format { .. })
+            | Self::Wal(wal::OpenError::Version { .. })
+            | Self::Newer { .. } => {
+                "the data is untouched; install the release that the other servers run, or a later one"
+                    .to_owned()
             }
             Self::Store(StoreError::Io(_) | StoreError::Open(OpenError::Io(_)))
             | Self::Wal(wal::OpenError::Io { .. }) => {
@@ -207,7 +238,7 @@ impl Locked {
         self,
         env: &Env,
         identity: Identity,
-        linger: std::time::Duration,
+        tuning: &Tuning,
     ) -> Result<DataDir, DataDirError> {
         let Self { path, lock } = self;
         let created = !env
@@ -222,12 +253,29 @@ impl Locked {
         let store = Store::open(env, &path.join(STATE_FILE), &options)?;
         store.set_room_low(*space.space().borrow() == Space::Low);
         parts::check(env, &path, &store, identity)?;
-        let options = wal::Options { linger, ..wal::Options::default() };
+        let Tuning { linger, fill_pause, .. } = *tuning;
+        let options = wal::Options { linger, fill_pause, ..wal::Options::default() };
         let (wal, recovery, writer) = open_log(env, &path, &store, identity, options).await?;
+        refuse_newer(&path, &store, &wal)?;
         parts::reconcile(&wal, store.read()?.applied())?;
         writer.spawn_thread().map_err(|source| directory_error(&path, source))?;
         Ok(DataDir { path, identity, created, space, store, wal, recovery, lock })
     }
+}
+
+fn raised_by(release: &str) -> String {
+    if release.is_empty() { String::new() } else { format!(" (raised with release {release})") }
+}
+
+/// Refuses what this release cannot go on with, before it takes part in anything.
+fn refuse_newer(path: &Path, store: &Store, wal: &Wal) -> Result<(), DataDirError> {
+    // What cannot be read is told by whoever needs it.
+    let Ok(tail) = inspect::tail(&store.read()?, wal) else { return Ok(()) };
+    let FormatRecord { format: found, release } = tail.format;
+    if found <= versions::own().format {
+        return Ok(());
+    }
+    Err(DataDirError::Newer { path: path.display().to_string(), found, release })
 }
 
 /// Opens the log; a damaged one begins anew, if nothing is lost by that.

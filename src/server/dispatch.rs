@@ -30,6 +30,7 @@ pub(super) struct Taking {
 pub(super) struct Dispatch {
     hello: Arc<Answerer>,
     taking: OnceLock<Taking>,
+    waiting: Arc<admit::Waiting>,
 }
 
 fn starting() -> Refused {
@@ -38,8 +39,8 @@ fn starting() -> Refused {
 
 impl Dispatch {
     /// Answers hellos only.
-    pub(super) const fn new(hello: Arc<Answerer>) -> Self {
-        Self { hello, taking: OnceLock::new() }
+    pub(super) fn new(hello: Arc<Answerer>) -> Self {
+        Self { hello, taking: OnceLock::new(), waiting: Arc::default() }
     }
 
     /// Answers everything from here on.
@@ -63,7 +64,10 @@ impl Answer for Dispatch {
             return Box::pin(async { Err(starting()) });
         };
         match method {
-            Method::Admit => Box::pin(async move { admit::answer(&node, from, request).await }),
+            Method::Admit => {
+                let waiting = Arc::clone(&self.waiting);
+                Box::pin(async move { admit::answer(&node, &waiting, from, request).await })
+            }
             Method::Lease => Box::pin(async move { leases::answer(&api, request).await }),
             Method::Hello
             | Method::Append

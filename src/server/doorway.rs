@@ -7,6 +7,7 @@ use crate::pki::Pki;
 use crate::proto::node::Credentials;
 use crate::raft::inspect;
 use crate::types::ClusterId;
+use crate::versions;
 
 /// Gives this server's credentials away.
 pub(super) struct OwnCredentials {
@@ -31,5 +32,12 @@ impl Grant for OwnCredentials {
             membership: Some(inspect::stored_membership(&view)?),
             flags,
         })
+    }
+
+    fn format(&self) -> u32 {
+        // A store that cannot be read gives nobody credentials.
+        let view = self.store.read().ok();
+        let format = view.and_then(|view| apply::format(&view).ok());
+        format.map_or(versions::FORMAT_FIRST, |record| record.format)
     }
 }

@@ -29,6 +29,7 @@ use super::listen::{Listeners, PeerDoors, PeersIncoming, Security};
 use super::mend::Unmendable;
 use super::run::{RunError, names, stopped};
 use super::supervise;
+use super::tuning::{Tuning, medium_of, tuning};
 use crate::announce;
 use crate::config::{Config, ServerUrl, Start, TokenSource};
 use crate::critical::{CriticalFlags, FlagsError, gate};
@@ -37,7 +38,7 @@ use crate::events::EventId;
 use crate::join::hello::ask::CompareFlags;
 use crate::join::hello::{self, Answerer, Asked, Hello, HelloBook, Verdict, Witness};
 use crate::join::{
-    self, AuthorityHash, Door, Enrolment, House, Identity, Phase, Plan, Token, enrol, quarantine,
+    self, AuthorityHash, Door, Enrolment, House, Identity, Plan, Token, enrol, quarantine,
     start_plan, token,
 };
 use crate::metrics::Metrics;
@@ -47,12 +48,14 @@ use crate::peers::{self, Passport, Peers};
 use crate::pki::{Owner, Pki, Port, Role};
 use crate::proto::node::StoredMembership;
 use crate::raft::transport::Transport;
-use crate::raft::{Member, inspect, reset};
+use crate::raft::{Leaving, Member, inspect, reset};
 use crate::systemd::{Phase as Stage, Phases};
 use crate::wal::Wal;
 
 /// A node that may take part, and everything it holds.
 pub(super) struct Entered {
+    /// What the directory lives on has decided these.
+    pub(super) tuning: Tuning,
     pub(super) dir: DataDir,
     pub(super) pki: Pki,
     pub(super) peers: Peers,
@@ -103,7 +106,8 @@ pub(super) async fn enter(
     let locked = Locked::take(env, &config.db_dir)?;
     let identity = identify(config, env, &locked, &flags, phases).await?;
     let path = locked.path.clone();
-    let dir = match locked.open(env, identity, config.wal_linger).await {
+    let tuning = tuning(config.storage_medium, medium_of(&path), config.wal_linger);
+    let dir = match locked.open(env, identity, &tuning).await {
         Ok(dir) => dir,
         Err(error) => return Err(refill(env, &path, identity, error).await),
     };
@@ -138,6 +142,7 @@ pub(super) async fn enter(
     let Ties { peers, transport, book, dispatch } = ties;
     let observers = ports.observers;
     Ok(Entered {
+        tuning,
         dir,
         pki,
         peers,
@@ -444,11 +449,7 @@ impl Ties {
         match verdict {
             Verdict::Welcome | Verdict::Wait { .. } => Ok(()),
             Verdict::Amnesia { .. } => Err(Rejoin::of(env, dir).begin().await),
-            // A joiner that was given up asks again, as somebody else.
-            Verdict::Retired { .. } if matches!(dir.identity.phase, Phase::Joining { .. }) => {
-                Err(Rejoin::of(env, dir).begin().await)
-            }
-            Verdict::Retired { reason, .. } => Err(RunError::Retired(reason)),
+            Verdict::Retired { reason, .. } => Err(Rejoin::of(env, dir).retired(reason).await),
             Verdict::Duplicate { found, .. } => Err(RunError::Duplicate(found)),
             Verdict::Incompatible { found, .. } => Err(RunError::Incompatible(found)),
             Verdict::FlagsDiffer { found, .. } => {
@@ -477,6 +478,7 @@ fn comparison(flags: &Arc<CriticalFlags>) -> (CompareFlags, Arc<Mutex<Option<Fla
 }
 
 /// Gives a node a new id, under which it comes back.
+#[derive(Clone)]
 pub(super) struct Rejoin {
     env: Env,
     path: PathBuf,
@@ -493,17 +495,37 @@ impl Rejoin {
     }
 
     /// The caller closes everything and starts over; the data is set aside then.
-    pub(super) async fn begin(self) -> RunError {
-        match self.try_begin().await {
+    pub(super) async fn begin(&self) -> RunError {
+        match self.try_begin(false).await {
             Ok(()) => RunError::StartOver,
             Err(error) => error,
         }
     }
 
-    async fn try_begin(&self) -> Result<(), RunError> {
+    /// The others have retired this node. One that may come back does; nobody else can tell it to.
+    pub(super) async fn retired(&self, reason: String) -> RunError {
+        if !Leaving::may_join_again(&reason) {
+            return RunError::Retired(reason);
+        }
+        match self.try_begin(reason == Leaving::GivenUp.words()).await {
+            Ok(()) => RunError::StartOver,
+            Err(error) => error,
+        }
+    }
+
+    async fn try_begin(&self, given_up: bool) -> Result<(), RunError> {
         let view = self.store.read()?;
-        let tail = inspect::tail(&view, &self.wal).map_err(RunError::Hello)?;
-        quarantine::begin(&self.env, &self.path, self.identity, &tail.membership).await?;
+        let membership = match inspect::tail(&view, &self.wal) {
+            Ok(tail) => tail.membership,
+            // A damaged log: what the state knows is as good for finding the others.
+            Err(_) => inspect::stored_membership(&view).map_err(RunError::Hello)?,
+        };
+        let Self { env, path, identity, .. } = self;
+        if given_up {
+            quarantine::begin_given_up(env, path, *identity, &membership).await?;
+        } else {
+            quarantine::begin(env, path, *identity, &membership).await?;
+        }
         Ok(())
     }
 }

@@ -151,7 +151,7 @@ mod tests {
             leader: leader.map(NodeId::new),
             committed: LogIndex::new(120),
             applied: LogIndex::new(120),
-            members: vec![member(1, "pi-1"), member(2, "pi-2"), member(3, "pi-3")],
+            members: vec![member(1, "pi-1"), member(2, "pi-2"), member(3, "pi-3")].into(),
             ..Status::default()
         }
     }

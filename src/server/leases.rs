@@ -35,14 +35,14 @@ impl LeasesOfLeader {
         deadline: Instant,
     ) -> Result<Reply, Status> {
         let members = self.node.status().members;
-        let Some(leader) = members.into_iter().find(|member| member.id == leader) else {
+        let Some(leader) = members.iter().find(|member| member.id == leader) else {
             return Err(EtcdError::NoLeader.into());
         };
         let request = LeaseRequest { request: Some(request) }.encode_to_vec();
         let left = deadline.saturating_duration_since(self.node.env().clock.now());
         let answer = self
             .transport
-            .call(&leader, Method::Lease, request.into(), left.min(ANSWER_TIMEOUT))
+            .call(leader, Method::Lease, request.into(), left.min(ANSWER_TIMEOUT))
             .await
             .map_err(|error| status_of(&error))?;
         match LeaseReply::decode(answer).ok().and_then(|answer| answer.reply) {

@@ -22,6 +22,7 @@
 //!
 //! Timeouts of requests, limits per connection (tonic's settings), and membership checks of peers (`raft`).
 
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -437,15 +438,17 @@ impl Acceptor {
         caller: Caller,
         mut place: Place,
     ) -> io::Result<()> {
-        if !place.established() {
+        if !place.established(tokio::time::Instant::now().into_std()) {
             self.refused(caller.remote);
             return Ok(());
         }
+        let unwanted: PushedOut = Box::pin(place.pushed_out());
         self.metrics.accepted.inc();
         let open = Open { _place: place, gauge: self.metrics.open.clone() };
         open.gauge.inc();
         // The server may have stopped meanwhile; then nobody wants this connection.
-        let _unwanted = to.send(Connection { io, info: caller, _open: open }).await.is_err();
+        let connection = Connection { io, info: caller, unwanted, _open: open };
+        let _unwanted = to.send(connection).await.is_err();
         Ok(())
     }
 }
@@ -492,12 +495,24 @@ impl Drop for Open {
     }
 }
 
+/// Completes when a connection has to make room for another one.
+type PushedOut = Pin<Box<dyn Future<Output = ()> + Send>>;
+
 /// An established connection.
-#[derive(Debug)]
 pub struct Connection {
     io: Io,
     info: Caller,
+    unwanted: PushedOut,
     _open: Open,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection")
+            .field("io", &self.io)
+            .field("info", &self.info)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Connection {
@@ -521,6 +536,11 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.unwanted.as_mut().poll(cx).is_ready() {
+            // Stays so: the other side of a server's connection is not polled after its end.
+            self.unwanted = Box::pin(std::future::ready(()));
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         match &mut self.io {
             Io::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
             Io::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),

@@ -59,7 +59,7 @@ impl Membership for NodeMembership {
     ) -> BoxFuture<'_, Result<(), MembershipError>> {
         Box::pin(async move {
             let members = self.0.status().members;
-            let member = members.into_iter().find(|member| member.id == id);
+            let member = members.iter().find(|member| member.id == id).cloned();
             let member = member.ok_or(MembershipError::NotFound)?;
             self.0.update_member(&Member { peer_urls, ..member }, deadline).await.map_err(translate)
         })

@@ -17,7 +17,9 @@
 
 pub mod listen;
 
+mod address;
 mod admit;
+mod again;
 mod backup;
 mod clock;
 mod cockpit;
@@ -31,20 +33,26 @@ mod early;
 mod enter;
 mod figures;
 mod follow;
+mod heal;
 mod health;
 mod leases;
 mod membership;
 mod mend;
 mod neighbour;
 mod parts;
+mod patience;
 mod reload;
 mod repair;
 mod run;
 mod scrub;
 mod settle;
+mod stamp;
+mod stranded;
 mod supervise;
+mod tuning;
 mod wal_tools;
 
+pub use address::of_default_route as address_of_default_route;
 pub use dial::Network;
 pub use repair::{RepairError, repair};
 pub use run::{Ended, RunError, refuse, run};

@@ -2,31 +2,35 @@
 
 use std::future::Future;
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
+use super::again::Again;
 use super::cockpit::Cockpit;
 use super::collect::NodeMetrics;
 use super::data_dir::{DataDir, DataDirError, Lock};
 use super::dispatch::Taking;
 use super::enter::{self, Entered, enter};
 use super::follow::{LeaseClocks, Watchers};
+use super::heal::{self, Healer};
 use super::health::NodeHealth;
 use super::leases::LeasesOfLeader;
 use super::listen::{Caps, ListenError, Listeners};
 use super::membership::NodeMembership;
+use super::patience::Patience;
 use super::scrub::{self, ScrubMetrics, Scrubber};
 use super::settle::Settling;
-use super::{backup, desk, figures, neighbour, supervise};
+use super::{address, backup, desk, figures, neighbour, supervise};
 use crate::announce;
 use crate::client;
 use crate::config::{Config, Loaded, Quota, Severity};
 use crate::critical::FlagsError;
-use crate::env::{Env, host};
+use crate::env::{Clock, Env, host};
 use crate::etcd::{self, Api, Leases, ServeError, Settings};
 use crate::events::{EventId, fields};
 use crate::join::hello::Finder;
@@ -41,21 +45,13 @@ use crate::observe::http::{self, Version};
 use crate::observe::logging::{self, Logging, LoggingError, Logs, Output};
 use crate::observe::repeat::Repeats;
 use crate::pki::{Names, NamesError, PkiError};
-use crate::raft::checkpoint::Policy;
 use crate::raft::reset::ResetError;
 use crate::raft::{self, Node, Parts, StartError, StopError};
 use crate::systemd::{
-    Notifier, Phase as ServerPhase, Phases, Pulse, Readiness, Shutdown, StopReason, Watchdog,
-    extend_while_moving,
+    Latch, Notifier, Phase as ServerPhase, Phases, Pulse, Readiness, Shutdown, StopReason,
+    Watchdog, extend_while_moving,
 };
-use crate::types::ByteCount;
 use crate::watch::{Hub, Limits as WatchLimits};
-
-/// As K3s has it for embedded etcd.
-const HEARTBEAT: Duration = Duration::from_millis(500);
-/// Shorter than K3s' 5 s, which is there for cards that pause: here no heartbeat waits for a card. A follower trusts a silent leader
-/// for the longest of these, and then waits once more, so a new leader is there within four seconds and a vote's barrier.
-const ELECTION_MIN: Duration = Duration::from_millis(1_250);
 
 /// What `k3s-server` exits with: `cli` decides it, and this is only told.
 const EXIT_FAILED: u8 = 1;
@@ -161,6 +157,9 @@ pub enum RunError {
     /// This node has a new id, and begins anew with it.
     #[error("starting over as a new node")]
     StartOver,
+    /// This host has another address, and the server begins anew there.
+    #[error("going on at {0}")]
+    Moved(IpAddr),
     /// Other nodes could not be answered.
     #[error("port of the other servers: {0}")]
     Peers(#[from] tonic::transport::Error),
@@ -173,6 +172,11 @@ pub enum RunError {
 }
 
 impl RunError {
+    /// Whether the process goes on.
+    const fn starts_over(&self) -> bool {
+        matches!(self, Self::StartOver | Self::Moved(_))
+    }
+
     /// What the operator can do, where there is something.
     pub fn remedy(&self) -> Option<String> {
         match self {
@@ -214,6 +218,7 @@ impl RunError {
             | Self::ResetRefused(_)
             | Self::HasReset(_)
             | Self::StartOver
+            | Self::Moved(_)
             | Self::Peers(_)
             | Self::Failed(_)
             | Self::Stop(_) => None,
@@ -227,7 +232,9 @@ impl RunError {
                 error.is_configuration()
             }
             Self::Join(error) => !error.may_pass(),
-            Self::Token(ObtainError::Token { .. })
+            Self::DataDir(error) if error.is_newer() => true,
+            Self::Incompatible(_)
+            | Self::Token(ObtainError::Token { .. })
             | Self::FoundingToken(_)
             | Self::EstablishToken(EstablishError::Founding(_) | EstablishError::Differs { .. })
             | Self::Plan(_)
@@ -255,10 +262,10 @@ impl RunError {
             | Self::EstablishToken(_)
             | Self::CompareFlags(_)
             | Self::Hello(_)
-            | Self::Incompatible(_)
             | Self::ResetRefused(_)
             | Self::HasReset(_)
             | Self::StartOver
+            | Self::Moved(_)
             | Self::Peers(_)
             | Self::Failed(_)
             | Self::Stop(_) => false,
@@ -334,8 +341,7 @@ fn run_to_the_end(loaded: &Loaded, logs: &Logs) -> Result<(), RunError> {
 }
 
 /// What every life of a server shares.
-struct Stage<'a> {
-    config: &'a Config,
+struct Stage {
     env: Env,
     notifier: Notifier,
     shutdown: Shutdown,
@@ -356,17 +362,23 @@ struct Running {
     _lock: Lock,
 }
 
+impl Stage {
+    fn new(
+        loaded: &Loaded,
+        env: Env,
+        notifier: Notifier,
+        phases: Phases,
+        repeats: Repeats,
+    ) -> Result<Self, RunError> {
+        let cockpit = Arc::new(Cockpit::new(loaded, &env, &phases)?);
+        Ok(Self { env, notifier, shutdown: Shutdown::new(), phases, cockpit, repeats })
+    }
+}
+
 async fn serve(loaded: &Loaded, env: Env, repeats: Repeats) -> Result<(), RunError> {
-    let (config, phases) = (&loaded.config, Phases::from_environment());
-    let stage = Stage {
-        config,
-        notifier: Notifier::from_environment(),
-        shutdown: Shutdown::new(),
-        cockpit: Arc::new(Cockpit::new(loaded, &env, &phases)?),
-        env,
-        phases,
-        repeats,
-    };
+    let config = &loaded.config;
+    let (notifier, phases) = (Notifier::from_environment(), Phases::from_environment());
+    let stage = Stage::new(loaded, env, notifier, phases, repeats)?;
     let signals = stage.shutdown.on_signals()?;
     announce!(
         EventId::Starting,
@@ -378,7 +390,7 @@ async fn serve(loaded: &Loaded, env: Env, repeats: Repeats) -> Result<(), RunErr
     );
     stage.phases.set(ServerPhase::Opening, "opening its log and state");
     let desk = tokio::spawn(desk::run(Arc::clone(&stage.cockpit), stage.env.clone()));
-    let ended = lives(&stage).await;
+    let ended = Lives::new(config, &stage).run().await;
     match &ended {
         Ok(()) => stage.phases.set(ServerPhase::Stopping, "stopped"),
         Err(error) => {
@@ -391,28 +403,103 @@ async fn serve(loaded: &Loaded, env: Env, repeats: Repeats) -> Result<(), RunErr
     ended
 }
 
-/// One life after the other.
-async fn lives(stage: &Stage<'_>) -> Result<(), RunError> {
-    let clock = &stage.env.clock;
-    let mut closing_until = None;
-    loop {
-        match live(stage).await {
+/// One life after the other, and what lasts longer than one.
+struct Lives<'a> {
+    stage: &'a Stage,
+    /// As it was read, and where this host is now.
+    config: Config,
+    rejoins: Again,
+    moves: Again,
+    /// Ports of the life before may still be taken for so long.
+    closing_until: Option<Instant>,
+}
+
+impl<'a> Lives<'a> {
+    fn new(config: &Config, stage: &'a Stage) -> Self {
+        Self {
+            stage,
+            config: config.clone(),
+            rejoins: Again::rejoining(),
+            moves: Again::moving(),
+            closing_until: None,
+        }
+    }
+
+    async fn run(mut self) -> Result<(), RunError> {
+        let stage = self.stage;
+        loop {
+            let lived = live(&self).await;
+            let next = tokio::select! {
+                biased;
+                // How a life ended comes first: whoever fails has asked everybody else to stop.
+                next = self.next(lived) => next,
+                _reason = stage.shutdown.begun() => Some(Ok(())),
+            };
+            if let Some(ended) = next {
+                return ended;
+            }
+        }
+    }
+
+    /// Ends one life when this host has another address.
+    fn follow_address(
+        &self,
+        stopping: watch::Receiver<bool>,
+    ) -> impl Future<Output = Result<(), RunError>> + Send + 'static {
+        let clock = Arc::clone(&self.stage.env.clock);
+        let pause = self.moves.pause(clock.now());
+        address::follow(self.config.clone(), clock, pause, stopping)
+    }
+
+    /// This host is at another address now.
+    fn move_to(&mut self, address: IpAddr) -> Result<(), RunError> {
+        self.config = self.config.at_address(address);
+        self.stage.cockpit.moved(&self.config)
+    }
+
+    /// After one life: how the process ends, or nothing if another life begins.
+    async fn next(&mut self, lived: Result<(), RunError>) -> Option<Result<(), RunError>> {
+        let clock = Arc::clone(&self.stage.env.clock);
+        let closing = self.closing_until.is_some_and(|until| clock.now() < until);
+        match lived {
             // A node that has to become another one begins anew, in the same process.
-            Err(RunError::StartOver) => closing_until = Some(clock.now() + CLOSING_MAX),
-            Err(RunError::Listen(ListenError::InUse { .. }))
-                if closing_until.is_some_and(|until| clock.now() < until) =>
-            {
+            Err(RunError::StartOver) => {
+                let pause = self.rejoins.pause(clock.now());
+                if !pause.is_zero() {
+                    tracing::info!("beginning anew in {} s", pause.as_secs());
+                    clock.sleep(pause).await;
+                }
+                self.rejoins.count(clock.now());
+            }
+            Err(RunError::Moved(to)) => {
+                if let Err(error) = self.move_to(to) {
+                    return Some(Err(error));
+                }
+                self.moves.count(clock.now());
+            }
+            Err(RunError::Listen(ListenError::InUse { .. })) if closing => {
                 clock.sleep(CLOSING_POLL).await;
+                return None;
             }
             Err(RunError::Listen(error @ ListenError::InUse { .. })) => {
-                return Err(neighbour::explain(error).await);
+                return Some(Err(neighbour::explain(error).await));
+            }
+            // An address that was found, and has gone again before it was taken.
+            Err(RunError::Listen(ListenError::NoSuchAddress { .. }))
+                if closing && address::is_found(&self.config) =>
+            {
+                clock.sleep(CLOSING_POLL).await;
+                let moved = address::of_default_route().map_or(Ok(()), |to| self.move_to(to));
+                return moved.err().map(Err);
             }
             Err(RunError::HasReset(guidance)) => {
                 tracing::info!("{guidance}");
-                return Ok(());
+                return Some(Ok(()));
             }
-            lived => return lived,
+            lived => return Some(lived),
         }
+        self.closing_until = Some(clock.now() + CLOSING_MAX);
+        None
     }
 }
 
@@ -422,9 +509,10 @@ fn bytes_written() -> Option<u64> {
 }
 
 /// One life of a node: from taking the ports to the end.
-async fn live(stage: &Stage<'_>) -> Result<(), RunError> {
+async fn live(lives: &Lives<'_>) -> Result<(), RunError> {
+    let stage = lives.stage;
     let mut running = tokio::select! {
-        started = start(stage) => started?,
+        started = start(lives) => started?,
         // A node that waits for others, perhaps for hours, can be told to stop.
         reason = stage.shutdown.begun() => {
             announce!(
@@ -437,10 +525,12 @@ async fn live(stage: &Stage<'_>) -> Result<(), RunError> {
         () = extend_while_moving(stage.notifier, &*stage.env.clock, bytes_written) => {
             unreachable!("asks for time until it is dropped")
         }
+        () = feed_before_raft(stage.notifier, &*stage.env.clock) => {
+            unreachable!("feeds until it is dropped")
+        }
     };
     let (reason, error) = wait(&mut running).await;
-    let starts_over = matches!(error, Some(RunError::StartOver));
-    if !starts_over {
+    if !error.as_ref().is_some_and(RunError::starts_over) {
         stage.notifier.stopping();
         stage.phases.set(ServerPhase::Stopping, reason.to_string());
         announce!(EventId::Stopping, { fields::REASON } = %reason, "stopping: {reason}");
@@ -465,8 +555,33 @@ async fn live(stage: &Stage<'_>) -> Result<(), RunError> {
     }
 }
 
-async fn start(stage: &Stage<'_>) -> Result<Running, RunError> {
-    let Stage { config, env, notifier, shutdown, phases, cockpit, .. } = stage;
+/// A process that was ready once and starts over has no Raft to feed for, perhaps for hours while the others are away; systemd, which
+/// counts from the first READY=1, would kill it.
+async fn feed_before_raft(notifier: Notifier, clock: &dyn Clock) {
+    let Some(watchdog) = Watchdog::from_environment() else { return std::future::pending().await };
+    loop {
+        notifier.watchdog();
+        clock.sleep(watchdog.period()).await;
+    }
+}
+
+async fn start(lives: &Lives<'_>) -> Result<Running, RunError> {
+    let (mut running, unsettled) = begin(&lives.config, lives.stage).await?;
+    let stopping = unsettled.stopping.clone();
+    running.serving.spawn(lives.follow_address(stopping));
+    running.serving.spawn(unsettled.settling.run(unsettled.settled, unsettled.stopping));
+    Ok(running)
+}
+
+/// The last steps of a node that runs already, and whom to tell when they are taken.
+struct Unsettled {
+    settling: Settling,
+    settled: Latch,
+    stopping: watch::Receiver<bool>,
+}
+
+async fn begin(config: &Config, stage: &Stage) -> Result<(Running, Unsettled), RunError> {
+    let Stage { env, notifier, shutdown, phases, cockpit, .. } = stage;
     let (readiness, [settled, serving_latch]) =
         Readiness::new(*notifier, ["membership", "client and health ports"]);
     let mut metrics = Metrics::new(versions().0, env.clock.wall());
@@ -484,57 +599,87 @@ async fn start(stage: &Stage<'_>) -> Result<Running, RunError> {
     let api = Api::new(live.parts(env, settings, &entered));
     dispatch.takes_part(Taking { node: live.node.clone(), api: api.clone() });
 
-    let settling = settling(env, &live.node, &entered);
+    let settling = settling(env, &live.node, &entered, *notifier);
+    let unsettled = Unsettled { settling, settled, stopping: stopping.clone() };
     let finder = Finder {
         cluster: dir.identity.cluster,
         node: dir.identity.node,
         incarnation: peers.passport().incarnation,
         transport: Arc::clone(transport),
     };
-    let (own_flags, path) = ((**flags).clone(), dir.path.clone());
-    let (peers, pki) = (peers.clone(), pki.clone());
-    let Entered { dir, clients, observers, mut serving, member, book, transport, .. } = entered;
+    let (own_flags, peers, pki) = ((**flags).clone(), peers.clone(), pki.clone());
+    let (patience, damaged) = (Patience::of_process(), watch::Sender::default());
+    let healer = healer(env, &live.node, &entered, patience, damaged.subscribe());
+    let member = removable(env, &live.node, &entered);
+    let addresses = entered.member.client_urls.join(", ");
+    let Entered { dir, clients, observers, mut serving, .. } = entered;
     live.serve(&mut serving, settings, api, metrics, clients, observers, &stopping);
     serving_latch.set();
-    serving.spawn(settling.run(*notifier, settled, stopping.clone()));
+    serving.spawn(supervise::leave_when_removed(member, stopping.clone()));
+    serving.spawn(heal::run(healer, stopping.clone()));
 
     let Live { node, hub, leases } = live;
-    serving.spawn(supervise::leave_when_removed(node.clone(), book, transport, stopping.clone()));
-    let addresses = member.client_urls.join(", ");
     let ready =
         supervise::announce_ready(readiness, *notifier, phases.clone(), node.clone(), addresses);
     let watched = stopping.clone();
     let mut background = vec![
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
         tokio::spawn(supervise::keep_certificates(pki, cockpit.names.subscribe())),
-        tokio::spawn(scrub::run(scrubber(env, &dir, scrubbing))),
+        tokio::spawn(scrub::run(scrubber(env, &dir, scrubbing, patience, damaged))),
         tokio::spawn(ready),
         tokio::spawn(supervise::find_lost(node.clone(), peers.clone(), finder)),
         tokio::spawn(supervise::forget_removed(node.clone(), peers)),
-        tokio::spawn(flags::follow(node.clone(), own_flags, path)),
+        tokio::spawn(flags::follow(node.clone(), own_flags, dir.path.clone())),
     ];
     background.extend(watch_over(&node, stage, &dir, watched)?);
     let store = dir.store;
     // Ends with the store; what it does is seen in the store and in the alarm.
     drop(dir.space.spawn_thread(store.clone())?);
     let shutdown = shutdown.clone();
-    Ok(Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock })
+    let running =
+        Running { node, shutdown, stop_serving, hub, serving, background, store, _lock: dir.lock };
+    Ok((running, unsettled))
 }
 
-fn scrubber(env: &Env, dir: &DataDir, progress: Arc<scrub::Progress>) -> Scrubber {
-    Scrubber {
-        env: env.clone(),
-        store: dir.store.clone(),
-        wal: dir.wal.clone(),
-        path: dir.path.clone(),
-        progress,
+fn removable(env: &Env, node: &Node, entered: &Entered) -> supervise::Removable {
+    supervise::Removable {
+        node: node.clone(),
+        book: Arc::clone(&entered.book),
+        transport: Arc::clone(&entered.transport),
+        contacts: entered.contacts.clone(),
+        rejoin: enter::Rejoin::of(env, &entered.dir),
     }
+}
+
+fn healer(
+    env: &Env,
+    node: &Node,
+    entered: &Entered,
+    patience: Patience,
+    damaged: watch::Receiver<u64>,
+) -> Healer {
+    let dir = &entered.dir;
+    let rejoin = enter::Rejoin::of(env, dir);
+    let (env, node, path) = (env.clone(), node.clone(), dir.path.clone());
+    Healer { env, node, rejoin, path, patience, damaged }
+}
+
+fn scrubber(
+    env: &Env,
+    dir: &DataDir,
+    progress: Arc<scrub::Progress>,
+    patience: Patience,
+    damaged: watch::Sender<u64>,
+) -> Scrubber {
+    let (env, store, wal, path) =
+        (env.clone(), dir.store.clone(), dir.wal.clone(), dir.path.clone());
+    Scrubber { env, store, wal, path, progress, patience, damaged }
 }
 
 /// The tasks that look at a running node, and tell systemd and the journal.
 fn watch_over(
     node: &Node,
-    stage: &Stage<'_>,
+    stage: &Stage,
     dir: &DataDir,
     stopping: watch::Receiver<bool>,
 ) -> io::Result<Vec<JoinHandle<()>>> {
@@ -576,7 +721,7 @@ fn feed(
         .map(drop)
 }
 
-fn settling(env: &Env, node: &Node, entered: &Entered) -> Settling {
+fn settling(env: &Env, node: &Node, entered: &Entered, notifier: Notifier) -> Settling {
     let Entered { dir, member, contacts, transport, flags, .. } = entered;
     Settling {
         node: node.clone(),
@@ -587,6 +732,7 @@ fn settling(env: &Env, node: &Node, entered: &Entered) -> Settling {
         flags: Arc::clone(flags),
         path: dir.path.clone(),
         rejoin: enter::Rejoin::of(env, dir),
+        notifier,
     }
 }
 
@@ -677,7 +823,7 @@ async fn wait(running: &mut Running) -> (StopReason, Option<RunError>) {
                 Some(Err(error)) => (error.to_string(), None),
             };
             let reason = StopReason::Failed(what);
-            if !matches!(error, Some(RunError::StartOver)) {
+            if !error.as_ref().is_some_and(RunError::starts_over) {
                 running.shutdown.begin(reason.clone());
             }
             (reason, error)
@@ -716,7 +862,7 @@ fn versions() -> (Versions, Version) {
 
 fn settings(config: &Config) -> Settings {
     let etcd = &config.etcd;
-    let election = etcd.election_timeout.unwrap_or(ELECTION_MIN);
+    let election = etcd.election_timeout.unwrap_or(limits::ELECTION_MIN);
     Settings {
         request_bytes_max: usize::try_from(etcd.max_request_bytes).unwrap_or(usize::MAX),
         txn_ops_max: etcd.max_txn_ops,
@@ -763,15 +909,13 @@ async fn start_node(
         ],
         transport: Arc::clone(&entered.transport),
     };
-    let election_min = config.etcd.election_timeout.unwrap_or(ELECTION_MIN);
+    let election_min = config.etcd.election_timeout.unwrap_or(limits::ELECTION_MIN);
     let options = raft::Options {
-        heartbeat: config.etcd.heartbeat_interval.unwrap_or(HEARTBEAT),
+        heartbeat: config.etcd.heartbeat_interval.unwrap_or(limits::HEARTBEAT),
         election_min,
-        election_max: election_min * 8 / 5,
-        checkpoint: Policy {
-            interval: limits::CHECKPOINT_INTERVAL,
-            log_bytes: ByteCount::new(limits::CHECKPOINT_LOG_BYTES),
-        },
+        election_max: limits::election_max(election_min),
+        learner_silent_max: Patience::of_process().learner_silent,
+        checkpoint: entered.tuning.checkpoint,
     };
     let node = Node::start(parts, &options).await?;
     if dir.identity.phase == Phase::Founding {
@@ -791,3 +935,7 @@ fn announce_warnings(problems: &crate::config::Problems) {
         );
     }
 }
+
+#[cfg(test)]
+#[path = "cut_tests.rs"]
+mod tests;

@@ -10,24 +10,27 @@
 //! # Invariants
 //!
 //! - Never faster than [`limits::SCRUB_BYTES_PER_SECOND`], and never in the first minutes of a start.
-//! - Damage is told, with its place. It stops nothing: most blocks are not needed now, and whoever needs one finds out.
+//! - Damage is told, with its place. It stops nothing: most blocks are not needed now, and whoever needs one finds out. [`super::heal`]
+//!   has the node filled again, if others can do that.
 //!
 //! # Not here
 //!
 //! What is checked, and how: `mvcc::backend`, `wal::scrub`.
 
 use std::fmt;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
+use tokio::sync::watch;
 
+use super::patience::Patience;
+use super::stamp;
 use crate::announce;
-use crate::env::{Env, Open};
+use crate::env::Env;
 use crate::events::{EventId, fields};
 use crate::limits;
 use crate::metrics::Page;
@@ -59,12 +62,13 @@ enum Last {
 struct Schedule {
     started: Instant,
     last: Last,
+    patience: Patience,
 }
 
 impl Schedule {
     /// How long to wait; zero: now.
     fn wait(&self, now: Instant, wall: SystemTime) -> Duration {
-        let (interval, settle) = (limits::SCRUB_INTERVAL, limits::SCRUB_SETTLE);
+        let Patience { scrub_interval: interval, scrub_settle: settle, .. } = self.patience;
         let up = now.saturating_duration_since(self.started);
         let settled = settle.saturating_sub(up);
         match self.last {
@@ -138,6 +142,9 @@ pub(super) struct Scrubber {
     /// The data directory.
     pub(super) path: PathBuf,
     pub(super) progress: Arc<Progress>,
+    pub(super) patience: Patience,
+    /// Damaged places that the last scrub found, for whoever can do something about it.
+    pub(super) damaged: watch::Sender<u64>,
 }
 
 /// What one scrub came to.
@@ -151,15 +158,15 @@ struct Found {
 /// Scrubs whenever it is due. Ends when the store is closed.
 pub(super) async fn run(scrubber: Scrubber) {
     let clock = Arc::clone(&scrubber.env.clock);
-    let last = match remembered(&scrubber.env, &scrubber.path) {
+    let last = match stamp::read(&scrubber.env, &record(&scrubber.path)) {
         Ok(Some(at)) => Last::At(at),
         // A record that cannot be read costs one scrub.
         Ok(None) | Err(_) => Last::Never,
     };
     if let Last::At(at) = last {
-        scrubber.progress.last.store(seconds(at), Ordering::Relaxed);
+        scrubber.progress.last.store(stamp::seconds(at), Ordering::Relaxed);
     }
-    let mut schedule = Schedule { started: clock.now(), last };
+    let mut schedule = Schedule { started: clock.now(), last, patience: scrubber.patience };
     while !scrubber.store.is_closed() {
         let wait = schedule.wait(clock.now(), clock.wall());
         if !wait.is_zero() {
@@ -257,7 +264,7 @@ impl Scrubber {
         let wall = self.env.clock.wall();
         self.progress.completed.fetch_add(1, Ordering::Relaxed);
         self.progress.damaged.store(found.damaged, Ordering::Relaxed);
-        self.progress.last.store(seconds(wall), Ordering::Relaxed);
+        self.progress.last.store(stamp::seconds(wall), Ordering::Relaxed);
         let Found { state_bytes, log_bytes, damaged } = *found;
         announce!(
             EventId::ScrubCompleted,
@@ -267,7 +274,8 @@ impl Scrubber {
             state_bytes / 1024,
             log_bytes / 1024
         );
-        if let Err(error) = remember(&self.env, &self.path, wall).await {
+        self.damaged.send_replace(damaged);
+        if let Err(error) = stamp::write(&self.env, &record(&self.path), wall).await {
             // Then the next start scrubs once more than it must.
             tracing::warn!(%error, "cannot write down when the card was checked");
         }
@@ -281,42 +289,14 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|_stopping| StoreError::Stopping)
 }
 
-fn seconds(wall: SystemTime) -> u64 {
-    wall.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
 fn record(path: &Path) -> PathBuf {
     path.join("scrubbed")
 }
 
-fn remembered(env: &Env, path: &Path) -> io::Result<Option<SystemTime>> {
-    let path = record(path);
-    if !env.disk.exists(&path)? {
-        return Ok(None);
-    }
-    let file = env.disk.open(&path, Open::Read)?;
-    // A number of seconds and a line feed.
-    let mut text = vec![0; usize::try_from(file.len()?.min(64)).unwrap_or(64)];
-    file.read_at(&mut text, 0)?;
-    let text = String::from_utf8_lossy(&text);
-    let seconds = text.trim().parse().ok();
-    Ok(seconds.and_then(|seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds))))
-}
-
-async fn remember(env: &Env, path: &Path, wall: SystemTime) -> io::Result<()> {
-    let (record, new) = (record(path), path.join("scrubbed.tmp"));
-    if env.disk.exists(&new)? {
-        env.disk.remove(&new)?;
-    }
-    let file = env.disk.open(&new, Open::Create)?;
-    file.write_at(format!("{}\n", seconds(wall)).as_bytes(), 0)?;
-    file.sync().await?;
-    env.disk.rename(&new, &record)?;
-    env.disk.sync_dir(path)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::UNIX_EPOCH;
+
     use super::*;
     use crate::env::host;
     use crate::metrics::{Metrics, Versions};
@@ -337,7 +317,10 @@ mod tests {
     fn card_is_checked_a_week_after_the_last_time_and_never_right_after_a_start() {
         let started = Instant::now();
         let now = wall(1_800_000_000);
-        let wait = |last, up: Duration, wall| Schedule { started, last }.wait(started + up, wall);
+        let patience = Patience::usual();
+        let wait = |last, up: Duration, wall| {
+            Schedule { started, last, patience }.wait(started + up, wall)
+        };
         for (last, up, wall, expected) in [
             (Last::Never, Duration::ZERO, now, SETTLE),
             (Last::Never, SETTLE, now, Duration::ZERO),
@@ -369,7 +352,8 @@ mod tests {
         let owner = wal::Identity::default();
         let (wal, _, writer) = Wal::open(&env, &path.join("wal"), owner, options).await.unwrap();
         tokio::spawn(writer.run());
-        Scrubber { env, store, wal, path, progress: Arc::default() }
+        let (patience, damaged) = (Patience::usual(), watch::Sender::default());
+        Scrubber { env, store, wal, path, progress: Arc::default(), patience, damaged }
     }
 
     async fn fill(scrubber: &Scrubber) {
@@ -444,7 +428,7 @@ mod tests {
         let running = tokio::spawn(run(first));
         tokio::time::sleep(SETTLE + HOUR).await;
         assert_eq!(completed(), 1);
-        let at = remembered(&env, Path::new("/db")).unwrap().unwrap();
+        let at = stamp::read(&env, Path::new("/db/scrubbed")).unwrap().unwrap();
         assert!(at <= env.clock.wall() && env.clock.wall() < at + HOUR);
         tokio::time::sleep(WEEK).await;
         assert_eq!(completed(), 2);
@@ -459,15 +443,15 @@ mod tests {
         let disk = FaultDisk::with_dir(Path::new("/db"));
         let env = Env { disk: Arc::new(disk.clone()), ..host::env() };
         let dir = Path::new("/db");
-        assert_eq!(remembered(&env, dir).unwrap(), None);
+        assert_eq!(stamp::read(&env, &record(dir)).unwrap(), None);
         for seconds in [5, 1_800_000_000] {
-            remember(&env, dir, wall(seconds)).await.unwrap();
+            stamp::write(&env, &record(dir), wall(seconds)).await.unwrap();
             disk.power_cut(|_| crate::testkit::disk::Fate::LOST);
-            assert_eq!(remembered(&env, dir).unwrap(), Some(wall(seconds)));
+            assert_eq!(stamp::read(&env, &record(dir)).unwrap(), Some(wall(seconds)));
         }
         disk.overwrite(&record(dir), 0, b"x");
-        assert_eq!(remembered(&env, dir).unwrap(), None);
+        assert_eq!(stamp::read(&env, &record(dir)).unwrap(), None);
         disk.overwrite(&record(dir), 0, &[0xff; 11]);
-        assert_eq!(remembered(&env, dir).unwrap(), None);
+        assert_eq!(stamp::read(&env, &record(dir)).unwrap(), None);
     }
 }

@@ -3,6 +3,7 @@
 //! Runs beside everything else: other nodes and clients are answered meanwhile. Each step is tried until it is done; what cannot
 //! be done ends the server with the reason.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,25 +13,31 @@ use tokio::sync::watch;
 use super::admit::{self, Asked};
 use super::enter::Rejoin;
 use super::run::{RunError, stopped};
+use super::stranded::stranded;
+use super::supervise;
 use crate::announce;
-use crate::apply::Reply;
+use crate::apply::{self, Reply};
 use crate::command::Command;
 use crate::critical::{CriticalFlags, FlagsError, gate};
 use crate::events::EventId;
-use crate::join::{Identity, Phase, flags};
+use crate::join::{Identity, flags};
 use crate::proto::node::admit_reply::Result as Answer;
 use crate::proto::node::cluster_change::Change;
 use crate::proto::node::cluster_reply::Result as Recorded;
 use crate::proto::node::{AdmitReply, Boot, ClusterChange};
-use crate::raft::transport::{Transport, WIRE_VERSIONS};
+use crate::raft::transport::Transport;
 use crate::raft::{Member, Node, Role};
 use crate::systemd::{Latch, Notifier};
+use crate::types::NodeId;
+use crate::versions;
 
 /// Between two attempts.
 const PAUSE_FIRST: Duration = Duration::from_millis(250);
 const PAUSE_LAST: Duration = Duration::from_secs(5);
 /// Attempts between two lines of the journal that say the same.
 const MENTION_EVERY: u32 = 8;
+/// Attempts to be admitted before it is said that nobody can lead: others may still be starting.
+const STRANDED_AFTER: u32 = 5;
 /// How long one proposal may take.
 const PROPOSAL: Duration = Duration::from_secs(10);
 
@@ -46,6 +53,8 @@ pub(super) struct Settling {
     pub(super) path: PathBuf,
     /// Gives the node a new id.
     pub(super) rejoin: Rejoin,
+    /// Hears how far a joiner is.
+    pub(super) notifier: Notifier,
 }
 
 /// What an attempt came to.
@@ -57,8 +66,10 @@ enum Step {
 
 /// Why a node stops settling.
 enum Stop {
-    /// It goes on as another one.
-    StartOver,
+    /// It has forgotten something, and goes on as another one.
+    Forgot,
+    /// It was retired, for this reason.
+    Retired(String),
     Failed(RunError),
 }
 
@@ -71,27 +82,36 @@ impl From<RunError> for Stop {
 impl Settling {
     /// Takes all steps, opens the latch, and then rests until the server stops: a service that ends is taken for a failure.
     pub(super) async fn run(
-        mut self,
-        notifier: Notifier,
+        self,
         settled: Latch,
         stopping: watch::Receiver<bool>,
     ) -> Result<(), RunError> {
-        let joins = self.identity.phase != Phase::Member && self.identity.phase != Phase::Founding;
-        match self.steps().await {
-            Ok(()) => {}
-            Err(Stop::Failed(error)) => return Err(error),
-            Err(Stop::StartOver) => return Err(self.rejoin.begin().await),
-        }
-        if joins {
-            filled(&self.node, |progress| notifier.status(progress)).await;
-        }
+        self.settle().await?;
         settled.set();
         stopped(stopping).await;
         Ok(())
     }
 
+    /// Takes all steps.
+    pub(super) async fn settle(mut self) -> Result<(), RunError> {
+        let joins = self.identity.phase.joins();
+        match self.steps().await {
+            Ok(()) => {}
+            Err(Stop::Failed(error)) => return Err(error),
+            Err(Stop::Forgot) => return Err(self.rejoin.begin().await),
+            Err(Stop::Retired(reason)) => {
+                supervise::announce_retired(&reason);
+                return Err(self.rejoin.retired(reason).await);
+            }
+        }
+        if joins {
+            filled(&self.node, |progress| self.notifier.status(progress)).await;
+        }
+        Ok(())
+    }
+
     async fn steps(&mut self) -> Result<(), Stop> {
-        if matches!(self.identity.phase, Phase::Joining { .. } | Phase::SettingAside { .. }) {
+        if self.identity.phase.joins() {
             self.admitted().await?;
         }
         self.is_member().await;
@@ -119,12 +139,18 @@ impl Settling {
     async fn admitted(&self) -> Result<(), Stop> {
         let own = self.flags.encode(&self.member.name);
         let request = admit::request(&self.member, own, self.identity.phase.replaces());
+        let mut told = None;
         for attempt in 0_u32.. {
             if self.is_in(&self.node.status().members) {
                 return Ok(());
             }
             let why = match admit::ask(&*self.transport, &self.contacts, &request).await {
-                Asked::Nobody(why) => why,
+                Asked::Nobody { why, there } => {
+                    if STRANDED_AFTER <= attempt {
+                        self.tell_if_stranded(&there, &mut told);
+                    }
+                    why
+                }
                 Asked::Answered(reply) => match self.judge(reply)? {
                     Step::Done => return Ok(()),
                     Step::Again(why) => why,
@@ -133,6 +159,18 @@ impl Settling {
             self.pause(attempt, "waiting to be admitted", &why).await;
         }
         Ok(())
+    }
+
+    /// Says so, once, if nobody can lead any more because too many have forgotten what they promised.
+    fn tell_if_stranded(&self, there: &BTreeSet<NodeId>, told: &mut Option<String>) {
+        let forgot: BTreeSet<NodeId> = self.identity.phase.replaces().into_iter().collect();
+        let text = stranded(&self.contacts, &forgot, there);
+        if let Some(text) = text
+            && told.as_ref() != Some(&text)
+        {
+            announce!(EventId::MajorityForgot, "{text}");
+            *told = Some(text);
+        }
     }
 
     fn judge(&self, reply: AdmitReply) -> Result<Step, Stop> {
@@ -149,7 +187,8 @@ impl Settling {
                 Ok(_) | Err(_) => Ok(Step::Again(reply.detail)),
             },
             Answer::NameTaken => Err(RunError::NameTaken(reply.detail).into()),
-            Answer::Retired => Err(Stop::StartOver),
+            Answer::Retired => Err(Stop::Retired(reply.detail)),
+            Answer::Incompatible => Err(RunError::Incompatible(reply.detail).into()),
             Answer::Later | Answer::Unknown => Ok(Step::Again(reply.detail)),
         }
     }
@@ -200,8 +239,9 @@ impl Settling {
             node: self.identity.node.get(),
             epoch: self.identity.epoch,
             name: self.member.name.clone(),
-            release: env!("CARGO_PKG_VERSION").to_owned(),
-            wire_version: *WIRE_VERSIONS.end(),
+            release: versions::own().name.to_owned(),
+            wire_version: *versions::own().wire.end(),
+            format: versions::own().format,
         };
         let command = Command::Cluster(ClusterChange { change: Some(Change::Boot(boot)) });
         let mut unsure = false;
@@ -226,12 +266,9 @@ impl Settling {
                                 self.identity.epoch,
                                 reply.epoch
                             );
-                            return Err(Stop::StartOver);
+                            return Err(Stop::Forgot);
                         }
-                        Recorded::Retired => {
-                            let reason = "removed from the cluster".to_owned();
-                            return Err(RunError::Retired(reason).into());
-                        }
+                        Recorded::Retired => return Err(Stop::Retired(self.retired_because()?)),
                         Recorded::Conflict => "the leader runs another release".to_owned(),
                     },
                     Ok(other) => format!("an answer to something else: {other:?}"),
@@ -241,6 +278,13 @@ impl Settling {
             self.pause(attempt, "telling the cluster of this start", &why).await;
         }
         Ok(())
+    }
+
+    /// The words of this node's record, which says that it is retired.
+    fn retired_because(&self) -> Result<String, Stop> {
+        let view = self.node.store().read().map_err(RunError::from)?;
+        let record = apply::node(&view, self.member.id).map_err(RunError::from)?;
+        Ok(record.unwrap_or_default().retired_reason)
     }
 
     /// Has the cluster's record of this node's name and addresses corrected, if they have changed.

@@ -12,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use super::data_dir::DataDir;
+use super::enter::Rejoin;
 use super::run::{RunError, stopped};
 use crate::announce;
 use crate::command::Command;
@@ -27,7 +28,7 @@ use crate::pki::{Issued, Names, Pki};
 use crate::proto::etcdserverpb::alarm_request::AlarmAction;
 use crate::proto::etcdserverpb::{AlarmRequest, AlarmType};
 use crate::raft::transport::{Method, Transport};
-use crate::raft::{Node, Role};
+use crate::raft::{self, Leaving, Node, Role};
 use crate::systemd::{Notifier, Phase, Phases, Pulse, Readiness, Shutdown, StopReason};
 use crate::types::NodeId;
 
@@ -94,40 +95,68 @@ pub(super) async fn forget_removed(node: Node, peers: Peers) {
     }
 }
 
-/// Ends the server when this node was removed.
+/// Tells that this node is out, for good or to come back.
+pub(super) fn announce_retired(reason: &str) {
+    if reason == Leaving::SetAside.words() {
+        announce!(
+            EventId::Quarantined,
+            "this server's card is damaged; the other servers have everything, so this one sets its data aside and is filled by them"
+        );
+    } else if Leaving::may_join_again(reason) {
+        announce!(EventId::LearnerGivenUp, "this node was {reason}; it joins again under a new id");
+    } else {
+        announce!(EventId::NodeRetired, "this node was removed from the cluster: {reason}");
+    }
+}
+
+/// A node that others may have removed.
+pub(super) struct Removable {
+    pub(super) node: Node,
+    pub(super) book: Arc<HelloBook>,
+    pub(super) transport: Arc<dyn Transport>,
+    /// The members as it was told before it had a log.
+    pub(super) contacts: Vec<raft::Member>,
+    pub(super) rejoin: Rejoin,
+}
+
+/// Ends the server when this node was removed; one that may come back begins anew.
 pub(super) async fn leave_when_removed(
-    node: Node,
-    book: Arc<HelloBook>,
-    transport: Arc<dyn Transport>,
+    member: Removable,
     stopping: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
     tokio::select! {
-        reason = removed(node, book, transport) => {
-            announce!(EventId::NodeRetired, "this node was removed from the cluster: {reason}");
-            Err(RunError::Retired(reason))
+        reason = member.removed() => {
+            announce_retired(&reason);
+            Err(member.rejoin.retired(reason).await)
         }
         () = stopped(stopping) => Ok(()),
     }
 }
 
-/// Completes when this node is told that it was removed, with the reason. Who removes it cannot tell it: from then on nothing is sent
-/// to it. It learns when it looks for a leader, and a learner, which never does, by asking.
-async fn removed(node: Node, book: Arc<HelloBook>, transport: Arc<dyn Transport>) -> String {
-    let mut told = book.removed();
-    loop {
-        if let Some(reason) = told.borrow_and_update().clone() {
-            return reason;
-        }
-        let status = node.status();
-        if status.role == Role::Learner {
-            for other in status.members.iter().filter(|other| other.id != status.node) {
-                // The refusal is what counts, and it is in the book.
-                drop(transport.call(other, Method::ReadIndex, Bytes::new(), TICK).await);
+impl Removable {
+    /// Completes when this node is told that it was removed, with the reason. Who removes it cannot tell it: from then on nothing is
+    /// sent to it. It learns when it looks for a leader, and a learner, which never does, by asking.
+    async fn removed(&self) -> String {
+        let node = &self.node;
+        let mut told = self.book.removed();
+        loop {
+            if let Some(reason) = told.borrow_and_update().clone() {
+                return reason;
             }
-        }
-        tokio::select! {
-            changed = told.changed() => if changed.is_err() { return pending().await },
-            () = node.env().clock.sleep(LEARNER_ASKS) => {}
+            let status = node.status();
+            // One that was removed before it heard of its own membership knows no members at all.
+            if status.role == Role::Learner || status.members.is_empty() {
+                let known =
+                    if status.members.is_empty() { &*self.contacts } else { &*status.members };
+                for other in known.iter().filter(|other| other.id != status.node) {
+                    // The refusal is what counts, and it is in the book.
+                    drop(self.transport.call(other, Method::ReadIndex, Bytes::new(), TICK).await);
+                }
+            }
+            tokio::select! {
+                changed = told.changed() => if changed.is_err() { return pending().await },
+                () = node.env().clock.sleep(LEARNER_ASKS) => {}
+            }
         }
     }
 }
@@ -137,7 +166,7 @@ pub(super) async fn find_lost(node: Node, peers: Peers, finder: Finder) {
     loop {
         node.env().clock.sleep(FIND_INTERVAL).await;
         let status = node.status();
-        let others = status.members.into_iter().filter(|member| member.id != status.node);
+        let others = status.members.iter().filter(|member| member.id != status.node);
         let (lost, there): (Vec<_>, Vec<_>) = others.partition(|member| peers.is_lost(member.id));
         if lost.is_empty() {
             continue;

@@ -96,7 +96,7 @@ impl Watchdog {
     }
 
     /// The time between feedings: a third of the interval, so that one late wake-up does no harm.
-    fn period(self) -> Duration {
+    pub fn period(self) -> Duration {
         self.interval / 3
     }
 

@@ -274,6 +274,16 @@ impl Transport for Way {
         })
     }
 
+    /// To connect takes both directions; through a link that is cut it takes for ever.
+    fn ready(&self, to: &Member) -> BoxFuture<'static, Result<(), CallError>> {
+        let (network, from, to) = (self.network.clone(), self.from, to.id);
+        Box::pin(async move {
+            network.until_open(from, to).await;
+            network.until_open(to, from).await;
+            network.answer_of(to).map(drop)
+        })
+    }
+
     fn stream(
         &self,
         to: &Member,

@@ -22,6 +22,7 @@ mod connections;
 mod directory;
 mod full_disk;
 mod http2;
+mod intake;
 mod load;
 mod requests;
 mod stopping;

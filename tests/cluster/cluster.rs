@@ -37,11 +37,21 @@ impl Cluster {
 
     /// One that runs, with a server on each place of a network.
     pub fn of_places(lan: &Lan, count: usize) -> Self {
+        Self::in_places(lan, count, false)
+    }
+
+    /// The same, with servers that find their addresses on their hosts.
+    pub fn that_finds_addresses(lan: &Lan, count: usize) -> Self {
+        Self::in_places(lan, count, true)
+    }
+
+    fn in_places(lan: &Lan, count: usize, finds_address: bool) -> Self {
         let mut cluster = Self::empty();
         for at in 0..count {
             let machine = cluster.add();
             machine.address = lan.address(at);
             machine.place = Some(lan.place(at));
+            machine.finds_address = finds_address;
         }
         cluster.found("");
         cluster

@@ -3,9 +3,10 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::cluster::{Cluster, members};
+use crate::lan::Lan;
 use crate::ledger::Load;
 use crate::machine::{CONFIGURATION, Machine, until};
 
@@ -198,4 +199,97 @@ fn copy_of_a_dead_card_takes_its_place_and_the_dead_one_stays_out() {
     assert!(said.contains("this server was removed from the cluster"), "{said}");
     cluster.serves("with the copy");
     assert_eq!(copy.value("serves/pi-1"), "with the copy");
+}
+
+#[test]
+fn running_servers_follow_their_hosts_to_other_addresses() {
+    let mut lan = match Lan::new(3) {
+        Ok(lan) => lan,
+        Err(why) => {
+            println!("skipped: there are no networks to be had here: {why}");
+            return;
+        }
+    };
+    let mut cluster = Cluster::that_finds_addresses(&lan, 3);
+    cluster.serves("where they began");
+    let leader = cluster.leader();
+    for at in [cluster.followers()[0], leader] {
+        let began = Instant::now();
+        lan.readdress(at, 2);
+        cluster.machines[at].address = lan.address(at);
+        found_where_they_are(&cluster);
+        println!("found at another address after {:?}", began.elapsed());
+        cluster.serves("elsewhere");
+    }
+    assert_eq!(members(&cluster.machines[0]).len(), 3);
+
+    // Addresses that flap move nobody, and the one that stays is followed.
+    let at = cluster.followers()[0];
+    let moves = |cluster: &Cluster| {
+        cluster.machines[at].printed().matches("this host has another address").count()
+    };
+    let before = moves(&cluster);
+    for host in [3, 4, 3, 4, 3, 4, 3, 4] {
+        lan.readdress(at, host);
+        // How long a router takes to change its mind.
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    assert_eq!(moves(&cluster), before, "nobody runs after an address that does not stay");
+    cluster.machines[at].address = lan.address(at);
+    found_where_they_are(&cluster);
+    assert_eq!(moves(&cluster), before + 1);
+    cluster.serves("at last");
+}
+
+#[test]
+fn two_old_images_put_back_at_once_are_safe_and_say_what_to_do() {
+    let mut cluster = Cluster::of(3, "");
+    let leader = cluster.leader();
+    let others = cluster.followers();
+    let image = |at: usize| PathBuf::from(format!("image-{at}"));
+    for at in others.iter().copied() {
+        let to = cluster.dir().join(image(at));
+        cluster.machines[at].stop();
+        cluster.machines[at].image(&to);
+        cluster.machines[at].up();
+    }
+    let load = Load::start(&cluster.machines);
+    load.goes_on(60);
+    let ledger = load.stop();
+    // Everything promised is on the card that stays.
+    let stays = leader;
+    ledger.check(&cluster.machines[stays]);
+    for at in others.iter().copied() {
+        cluster.machines[at].kill();
+    }
+    for at in others.iter().copied() {
+        let card = cluster.dir().join(image(at));
+        cluster.machines[at].insert(card);
+        cluster.machines[at].configure("");
+        cluster.machines[at].start();
+    }
+    let names: Vec<String> = others.iter().map(|at| cluster.machines[*at].name.clone()).collect();
+    for at in [stays, others[0], others[1]] {
+        cluster.machines[at].says("no majority: 3 servers vote and 2 are needed");
+        cluster.machines[at].says("--cluster-reset");
+    }
+    let said = cluster.machines[stays].printed();
+    let line = said.lines().find(|line| line.contains("no majority")).unwrap();
+    assert!(names.iter().all(|name| line.contains(name.as_str())), "{line}");
+    let (status, said) =
+        cluster.machines[stays].etcdctl(&["put", "a", "b", "--command-timeout=3s"]);
+    assert_ne!(status, 0, "written without a majority: {said}");
+
+    let survivor = &mut cluster.machines[stays];
+    survivor.stop();
+    survivor.start_with(&["--cluster-reset"]);
+    let (status, said) = survivor.ended();
+    assert_eq!(status, 0, "{said}");
+    survivor.up();
+    for at in others {
+        cluster.machines[at].ready();
+    }
+    cluster.settled(3);
+    cluster.machines.iter().for_each(|machine| ledger.check(machine));
+    cluster.serves("three again");
 }

@@ -23,6 +23,8 @@ pub struct Lan {
     router: Process,
     nodes: Vec<Process>,
     cuts: Vec<(usize, usize)>,
+    /// The last number of each machine's address.
+    hosts: Vec<u8>,
     _dir: TempDir,
 }
 
@@ -69,7 +71,7 @@ impl Lan {
                 return Err(format!("unshare --net: {}", holder.printed()));
             }
         }
-        let lan = Self { router, nodes, cuts: Vec::new(), _dir: dir };
+        let lan = Self { router, nodes, cuts: Vec::new(), hosts: vec![1; count], _dir: dir };
         lan.lay_out()?;
         Ok(lan)
     }
@@ -102,7 +104,18 @@ impl Lan {
 
     /// The address of a machine.
     pub fn address(&self, at: usize) -> Ipv4Addr {
-        Ipv4Addr::new(10, 77, u8::try_from(at + 1).unwrap(), 1)
+        Ipv4Addr::new(10, 77, u8::try_from(at + 1).unwrap(), self.hosts[at])
+    }
+
+    /// Takes a machine's address away and gives it another one, as a router does that has forgotten whom it gave which.
+    pub fn readdress(&mut self, at: usize, host: u8) {
+        self.hosts[at] = host;
+        let (address, network) = (self.address(at), at + 1);
+        let line = format!(
+            "ip -4 addr flush dev eth0 && ip addr add {address}/24 dev eth0 && \
+             ip route replace default via 10.77.{network}.254"
+        );
+        run(self.nodes[at].pid(), &line).unwrap();
     }
 
     /// Where a machine lives.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use k3s_server::versions::PRETEND;
 use serde_json::Value;
 
 use crate::lan::{Place, inside};
@@ -64,8 +65,14 @@ pub struct Machine {
     db_dir: PathBuf,
     process: Option<Process>,
     runs: u32,
+    /// The release that its process pretends to be: see `k3s_server::versions`.
+    pub release: Option<&'static str>,
     /// On a network of its own.
     pub place: Option<Place>,
+    /// Its configuration says nothing of addresses.
+    pub finds_address: bool,
+    /// More variables for its process.
+    pub environment: Vec<(&'static str, &'static str)>,
 }
 
 impl Machine {
@@ -74,7 +81,18 @@ impl Machine {
         let dir = dir.join(name);
         fs::create_dir_all(&dir).unwrap();
         let db_dir = dir.join("db");
-        Self { name: name.to_owned(), address, dir, db_dir, process: None, runs: 0, place: None }
+        Self {
+            name: name.to_owned(),
+            address,
+            dir,
+            db_dir,
+            process: None,
+            runs: 0,
+            release: None,
+            place: None,
+            finds_address: false,
+            environment: Vec::new(),
+        }
     }
 
     pub fn db_dir(&self) -> &Path {
@@ -117,10 +135,15 @@ impl Machine {
     pub fn configure(&self, lines: &str) {
         let Self { name, address, db_dir, .. } = self;
         let db_dir = db_dir.display();
-        let text = format!(
-            "node-name: {name}\nnode-ip: {address}\ndb-dir: {db_dir}\nclient-listen: {address}:2379\n\
-             peer-listen: {address}:2380\nmetrics-listen: {address}:2381\n{lines}"
-        );
+        let addresses = if self.finds_address {
+            String::new()
+        } else {
+            format!(
+                "node-ip: {address}\nclient-listen: {address}:2379\npeer-listen: {address}:2380\n\
+                 metrics-listen: {address}:2381\n"
+            )
+        };
+        let text = format!("node-name: {name}\ndb-dir: {db_dir}\n{addresses}{lines}");
         fs::write(self.config(), text).unwrap();
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
         fs::set_permissions(self.config(), mode).unwrap();
@@ -139,12 +162,16 @@ impl Machine {
         assert!(self.process.is_none(), "{} runs already", self.name);
         let mut command = program();
         command.arg("server").arg("--config").arg(self.config()).args(arguments);
+        command.envs(self.environment.iter().copied());
         self.spawn(&mut command);
     }
 
     /// Starts this command as the server's process.
     pub fn spawn(&mut self, command: &mut Command) {
         self.runs += 1;
+        if let Some(release) = self.release {
+            command.env(PRETEND, release);
+        }
         let log = self.dir.join(format!("log-{}", self.runs));
         self.process = Some(match self.place {
             None => Process::start(command, &log),

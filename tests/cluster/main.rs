@@ -22,9 +22,11 @@ mod machine;
 
 mod failures;
 mod flags;
+mod healing;
 mod identity;
 mod joining;
 mod links;
 mod membership;
 mod reset;
 mod serving;
+mod upgrade;

@@ -5,7 +5,6 @@ use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use expect_test::{ExpectFile, expect, expect_file};
 use k3s_server::config::keys::{self, KEYS};
@@ -368,7 +367,7 @@ fn defaults_are_those_promised() {
 
     assert_eq!(config.db_dir, Path::new("/var/lib/k3s-server"));
     assert_eq!(config.data_dir, Path::new("/var/lib/rancher/k3s"));
-    assert_eq!(config.wal_linger, Duration::from_millis(250));
+    assert_eq!(config.wal_linger, None);
     assert_eq!(config.start, Start::Standalone);
     assert_eq!(config.token, None);
     assert_eq!(config.etcd, config::EtcdOptions::default());
@@ -390,9 +389,9 @@ const EXAMPLE_HEAD: &str = "\
 # [upstream k3s] are checked here and kept for upstream k3s.
 #
 # The smallest useful files:
-#   first server:    token: \"a long random text\"
+#   first server:    token: a-long-random-text
 #                    cluster-init: true
-#   other servers:   token: \"the same text\"
+#   other servers:   token: the-same-long-random-text
 #                    server: \"https://first-server:6443\"
 ";
 

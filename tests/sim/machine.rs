@@ -21,6 +21,7 @@ use k3s_server::command::Command;
 use k3s_server::env::{BoxFuture, Env};
 use k3s_server::join::hello::{self, Answerer, Asked, Hello, HelloBook, Verdict, Witness};
 use k3s_server::join::identity::{Identity, Phase};
+use k3s_server::limits;
 use k3s_server::mutants::{Mutant, is_planted};
 use k3s_server::mvcc::{self, DrainOn, Store};
 use k3s_server::proto::node::cluster_change::Change;
@@ -61,9 +62,10 @@ pub(crate) struct Surroundings {
 /// Small limits, so that a run of two minutes sees checkpoints, purges and snapshots.
 pub(crate) fn raft_options() -> Options {
     Options {
-        heartbeat: Duration::from_millis(500),
-        election_min: Duration::from_secs(2),
-        election_max: Duration::from_secs(4),
+        heartbeat: limits::HEARTBEAT,
+        election_min: limits::ELECTION_MIN,
+        election_max: limits::election_max(limits::ELECTION_MIN),
+        learner_silent_max: limits::LEARNER_SILENT_MAX,
         checkpoint: Policy {
             interval: Duration::from_secs(20),
             log_bytes: ByteCount::new(512 << 10),
@@ -477,6 +479,7 @@ impl Machine {
             name: self.member().name,
             release: "sim".to_owned(),
             wire_version: 1,
+            format: 1,
         };
         let change = ClusterChange { change: Some(Change::Boot(boot)) };
         let is_member =

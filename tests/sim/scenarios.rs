@@ -1,10 +1,21 @@
 //! Named runs: what has gone wrong somewhere once, and shapes that must not stop a majority.
 //!
 //! Each is a cluster brought into one particular situation, with the same checks at every step as the runs from seeds.
+//!
+//! # Bugs of openraft that were published, and what would see them
+//!
+//! | bug | scenario |
+//! |---|---|
+//! | a restarted leader leads on in its term (`enable_leader_restore`) and gives an entry's id away twice | `a_restarted_leader_is_elected_anew` |
+//! | #1802: the commit index rises without a majority, when a voter that is ahead already gets further ahead | `openraft_1802_…` |
+//! | #1808: a snapshot leaves a stale membership in force, and two majorities that do not meet | `openraft_1808_…` |
+//! | #2080: a follower between two halves stays loyal to the old leader, and a connected majority elects nobody | `bridge_of_…`, `chain_of_…`, `mute_leader_of_…` |
+//! | leadership is offered to whoever cannot take it, and nobody takes writes | `leadership_offered_to_a_dead_node_comes_back` |
 
 use std::time::Duration;
 
 use bytes::Bytes;
+use k3s_server::raft::Member;
 use k3s_server::testkit::Random;
 use k3s_server::testkit::disk::Fault;
 use k3s_server::types::NodeId;
@@ -25,6 +36,8 @@ const ELECTED_WITHIN: Duration = Duration::from_secs(30);
 pub(crate) const NAMES: &[&str] = &[
     "a_restarted_leader_is_elected_anew",
     "nothing_is_committed_without_a_majority",
+    "openraft_1802_no_voter_that_runs_ahead_stands_for_a_majority",
+    "openraft_1808_a_snapshot_ends_a_membership_that_was_never_committed",
     "founding_survives_a_power_cut_at_every_write",
     "joining_survives_a_power_cut_at_every_write",
     "leadership_offered_to_a_dead_node_comes_back",
@@ -67,6 +80,12 @@ async fn scenario(name: String, world: World) {
     let done = match name.as_str() {
         "a_restarted_leader_is_elected_anew" => scene.restarted_leader().await,
         "nothing_is_committed_without_a_majority" => scene.no_majority().await,
+        "openraft_1802_no_voter_that_runs_ahead_stands_for_a_majority" => {
+            scene.ahead_without_majority().await
+        }
+        "openraft_1808_a_snapshot_ends_a_membership_that_was_never_committed" => {
+            scene.stale_membership().await
+        }
         "founding_survives_a_power_cut_at_every_write" => founding(&world).await,
         "joining_survives_a_power_cut_at_every_write" => joining(&world).await,
         "leadership_offered_to_a_dead_node_comes_back" => scene.offer_to_the_dead().await,
@@ -204,6 +223,78 @@ impl Scene {
         }
         self.write_within(ELECTED_WITHIN).await?;
         self.end().await
+    }
+
+    /// Two of five, the leader among them, run ahead together entry by entry; the other three reach nobody.
+    async fn ahead_without_majority(&mut self) -> Result<(), String> {
+        const WRITES: usize = 8;
+        let leader = self.form(5).await?;
+        self.write(&leader).await?;
+        let ids = self.cluster.ids();
+        let id = leader.node.status().node;
+        let with = ids.iter().copied().find(|other| *other != id).unwrap_or(id);
+        let together = |node: NodeId| node == id || node == with;
+        for from in &ids {
+            for to in ids.iter().filter(|to| *to != from) {
+                if !(together(*from) && together(*to)) {
+                    self.cluster.around.network.cut(*from, *to);
+                }
+            }
+        }
+        let before = leader.node.status().committed;
+        let writes = (0..WRITES).map(|number| {
+            write_once(&leader, &self.history, Bytes::from(format!("ahead{number}")))
+        });
+        for saw in futures_util::future::join_all(writes).await {
+            if matches!(saw?, Saw::Wrote { .. }) {
+                return Err("a write was acknowledged by two of five".to_owned());
+            }
+        }
+        let status = leader.node.status();
+        if before < status.committed || status.last_index <= before {
+            return Err(format!("committed {before}, then {status:?}"));
+        }
+        self.end().await
+    }
+
+    /// A leader that is cut off appends a change of members that is never committed; the others purge what it would need, so that it
+    /// comes back by a snapshot. What it believed of the members must end with that.
+    async fn stale_membership(&mut self) -> Result<(), String> {
+        const WRITES: usize = 300;
+        let leader = self.form(3).await?;
+        let id = leader.node.status().node;
+        let ids = self.cluster.ids();
+        for other in ids.iter().copied().filter(|other| *other != id) {
+            self.cluster.around.network.cut(id, other);
+            self.cluster.around.network.cut(other, id);
+        }
+        let by = tokio::time::Instant::now() + Duration::from_secs(2);
+        let phantom = Member { id: NodeId::new(99), learner: true, ..Member::default() };
+        if leader.node.add_learner(&phantom, by.into_std()).await.is_ok() {
+            return Err("a member was added by one of three".to_owned());
+        }
+        let believed = leader.node.status().members.len();
+        self.write_within(ELECTED_WITHIN).await?;
+        let others = || self.cluster.machines().into_iter().filter(|machine| machine.id != id);
+        for number in 0..WRITES {
+            let live = self.cluster.leader().filter(|live| live.node.status().node != id);
+            let Some(live) = live.or_else(|| others().find_map(|one| one.live())) else { continue };
+            let mut tag = format!("bulk{number}-").into_bytes();
+            tag.resize(8 << 10, b'x');
+            write_once(&live, &self.history, Bytes::from(tag)).await?;
+        }
+        sleep(Duration::from_secs(60)).await;
+        self.end().await?;
+        let machine = self.machine(id);
+        let live = machine.live().ok_or("the old leader does not run")?;
+        if live.node.stats().snapshots_received == 0 {
+            return Err("it came back without a snapshot: the test shows nothing".to_owned());
+        }
+        let members = live.node.status().members;
+        if members.len() != 3 || believed != 4 {
+            return Err(format!("{believed} members believed, then {members:?}"));
+        }
+        Ok(())
     }
 
     /// Leadership is offered to a node that is switched off: writes go on, if not at once.

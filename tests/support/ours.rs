@@ -30,6 +30,11 @@ impl Ours {
     pub fn start(options: &Options) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let db_dir = dir.path().join("db");
+        Self::start_at(options, dir, db_dir)
+    }
+
+    /// Starts one with its data in `db_dir`, and its other files in `dir`.
+    pub fn start_at(options: &Options, dir: TempDir, db_dir: PathBuf) -> Self {
         let [client, peer, metrics] = free_ports().map(|port| format!("127.0.0.1:{port}"));
         let tls = options.tls.then(|| TlsFiles {
             ca: db_dir.join(CA),

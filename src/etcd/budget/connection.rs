@@ -16,6 +16,7 @@ use tonic::transport::server::Connected;
 
 use super::Account;
 use crate::env::Clock;
+use crate::etcd::intake::Lane;
 
 /// Less than this at a time is no answer but an acknowledgement of a ping, or the reply to a put.
 const NOTABLE_BYTES: usize = 4 << 10;
@@ -74,11 +75,12 @@ impl Activity {
 pub(in crate::etcd) struct Observed<IO> {
     io: IO,
     account: Account,
+    lane: Lane,
 }
 
 impl<IO> Observed<IO> {
-    pub(in crate::etcd) const fn new(io: IO, account: Account) -> Self {
-        Self { io, account }
+    pub(in crate::etcd) const fn new(io: IO, account: Account, lane: Lane) -> Self {
+        Self { io, account, lane }
     }
 
     fn wrote(&self, result: &Poll<io::Result<usize>>) {
@@ -94,6 +96,7 @@ impl<IO> Observed<IO> {
 #[derive(Clone, Debug)]
 pub(in crate::etcd) struct Payer<Info> {
     pub(in crate::etcd) account: Account,
+    pub(in crate::etcd) lane: Lane,
     pub(in crate::etcd) info: Info,
 }
 
@@ -101,7 +104,8 @@ impl<IO: Connected> Connected for Observed<IO> {
     type ConnectInfo = Payer<IO::ConnectInfo>;
 
     fn connect_info(&self) -> Self::ConnectInfo {
-        Payer { account: self.account.clone(), info: self.io.connect_info() }
+        let (account, lane) = (self.account.clone(), self.lane.clone());
+        Payer { account, lane, info: self.io.connect_info() }
     }
 }
 

@@ -56,6 +56,8 @@ pub(super) struct Budget(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     clock: Arc<dyn Clock>,
+    /// Whether a connection that holds room and takes nothing loses it.
+    closes: bool,
 }
 
 struct State {
@@ -78,17 +80,23 @@ impl Budget {
             account: limits::ANSWER_BYTES_PER_CONNECTION_MAX,
             account_min: limits::ANSWER_BYTES_PER_CONNECTION_MIN,
         };
-        Self::with_limits(clock, limits)
+        Self::with_limits(clock, limits, true)
     }
 
-    fn with_limits(clock: Arc<dyn Clock>, limits: Limits) -> Self {
+    /// Room for requests instead: so much in all, and for one connection. What they wait for is this server's own work, so
+    /// nobody loses a connection over it.
+    pub(super) fn of_requests(clock: Arc<dyn Clock>, total: u64, account: u64) -> Self {
+        Self::with_limits(clock, Limits { total, account, account_min: 0 }, false)
+    }
+
+    fn with_limits(clock: Arc<dyn Clock>, limits: Limits, closes: bool) -> Self {
         let state = State {
             core: Core::new(limits),
             waiting: HashMap::new(),
             accounts: HashMap::new(),
             closed: false,
         };
-        Self(Arc::new(Shared { state: Mutex::new(state), clock }))
+        Self(Arc::new(Shared { state: Mutex::new(state), clock, closes }))
     }
 
     /// An account for a new connection.
@@ -178,6 +186,16 @@ impl fmt::Debug for Account {
 }
 
 impl Account {
+    /// Room for so many bytes at once, or none.
+    pub(super) fn try_reserve(&self, bytes: u64) -> Option<Permit> {
+        let mut state = self.0.budget.lock();
+        if state.closed {
+            return None;
+        }
+        let hold = state.core.take(self.0.key, bytes)?;
+        Some(self.permit(&state, hold))
+    }
+
     /// Waits for room for so many bytes. Without a deadline it waits for as long as its caller does.
     pub(super) async fn reserve(
         &self,
@@ -211,7 +229,7 @@ impl Account {
                 }
                 () = clock.sleep(left.map_or(PATIENCE, |left| left.min(PATIENCE))) => {}
             }
-            if budget.lock().core.is_kept_waiting(self.0.key, bytes) {
+            if budget.0.closes && budget.lock().core.is_kept_waiting(self.0.key, bytes) {
                 budget.close_stalled();
             }
         }

@@ -10,11 +10,12 @@ use tonic::transport::server::Connected as _;
 
 use super::*;
 use crate::env::host;
+use crate::etcd::intake::Intake;
 
 const LIMITS: Limits = Limits { total: 64 << 10, account: 16 << 10, account_min: 0 };
 
 fn budget() -> Budget {
-    Budget::with_limits(host::env().clock, LIMITS)
+    Budget::with_limits(host::env().clock, LIMITS, true)
 }
 
 async fn take(account: &Account, bytes: u64) -> Permit {
@@ -106,7 +107,8 @@ async fn settled_permit_gives_back_what_is_too_much_and_owes_what_is_too_little(
 /// A pipe as a connection: the far end, and the near one as the server sees it.
 fn connection(budget: &Budget) -> (tokio::io::DuplexStream, Observed<tokio::io::DuplexStream>) {
     let (far, near) = tokio::io::duplex(1 << 20);
-    (far, Observed::new(near, budget.open()))
+    let lane = Intake::new(&host::env().clock).open();
+    (far, Observed::new(near, budget.open(), lane))
 }
 
 /// Takes what it can get.

@@ -15,13 +15,16 @@ use prost::Message;
 
 use super::book::{HelloBook, Incarnation, Known};
 use super::wire;
+use crate::announce;
 use crate::apply;
 use crate::env::BoxFuture;
+use crate::events::{EventId, fields};
 use crate::mvcc::{ReadTxn, Store};
-use crate::proto::node::{HelloReply, HelloRequest};
-use crate::raft::transport::{Method, Refused, Transport, WIRE_VERSIONS};
+use crate::proto::node::{self, HelloReply, HelloRequest};
+use crate::raft::transport::{Method, Refused, Transport};
 use crate::raft::{Member, inspect};
 use crate::types::{ClusterId, LogId, NodeId, Vote};
+use crate::versions;
 use crate::wal::Wal;
 
 /// How long an old incarnation has to show that it is alive.
@@ -98,6 +101,7 @@ impl Answerer {
         let duplicate = if request.probe { None } else { self.duplicate(request, &known).await };
         let reply = self.describe(from, &known, duplicate.unwrap_or_default());
         let reply = reply.map_err(Refused::NotReady)?;
+        say_if_older(&caller, request, &reply);
         // A refused copy must not take the place of the original.
         if reply.duplicate.is_empty() && !reply.retired && !request.probe {
             let member = wire::member(&caller, false);
@@ -136,9 +140,9 @@ impl Answerer {
         let state = self.wal.hard_state();
         Ok(HelloReply {
             incarnation: self.incarnation,
-            wire_version_min: *WIRE_VERSIONS.start(),
-            wire_version_max: *WIRE_VERSIONS.end(),
-            release: env!("CARGO_PKG_VERSION").to_owned(),
+            wire_version_min: *versions::own().wire.start(),
+            wire_version_max: *versions::own().wire.end(),
+            release: versions::own().name.to_owned(),
             epoch_known: record.epoch.max(in_log),
             vote_known: self.vote_known(from, known, state.vote).map(wire::wire_vote),
             kept_known: known.kept.map(wire::wire_log_id),
@@ -150,6 +154,7 @@ impl Answerer {
             last: end(&view, &self.wal).map(wire::wire_log_id),
             flags: flags.unwrap_or_default(),
             seen: self.book.seen().iter().map(wire::wire_member).collect(),
+            format: Some(apply::format(&view).map_err(|error| error.to_string())?),
         })
     }
 
@@ -160,6 +165,21 @@ impl Answerer {
             (known, Some(led)) if super::verdict::later(known, led) => Some(led),
             (known, _) => known,
         }
+    }
+}
+
+/// The caller will see from the reply that it does not read what the cluster writes. Said here, too, for whoever looks here first.
+fn say_if_older(caller: &node::Member, request: &HelloRequest, reply: &HelloReply) {
+    let cluster = reply.format.as_ref().map_or(versions::FORMAT_FIRST, |record| record.format);
+    let reads = versions::announced(request.format);
+    if reads < cluster && !request.probe {
+        announce!(
+            EventId::Incompatible,
+            { fields::PEER } = %caller.name,
+            "{} runs release {}, which reads data up to format {reads}; the cluster's is in format {cluster}: it takes no part",
+            caller.name,
+            request.release
+        );
     }
 }
 

@@ -19,12 +19,13 @@ use super::book::{HelloBook, Incarnation};
 use super::verdict::{Own, Said, Verdict, decide};
 use super::{answer, wire};
 use crate::env::Env;
-use crate::join::{Identity, Phase};
+use crate::join::Identity;
 use crate::mvcc::Store;
 use crate::proto::node::{HelloReply, HelloRequest, StoredMembership};
-use crate::raft::transport::{CallError, Method, Refused, Transport, WIRE_VERSIONS};
+use crate::raft::transport::{CallError, Method, Refused, Transport};
 use crate::raft::{Member, inspect};
 use crate::types::NodeId;
+use crate::versions;
 use crate::wal::Wal;
 
 /// How long one other may take. Longer than its own probe of an old incarnation.
@@ -92,20 +93,22 @@ impl Hello {
             vote: wal.hard_state().vote,
             last: answer::end(&view, wal),
             voters: wire::voters(&membership),
-            joining: matches!(identity.phase, Phase::Joining { .. } | Phase::SettingAside { .. }),
-            wire_versions: WIRE_VERSIONS,
+            joining: identity.phase.joins(),
+            wire_versions: versions::own().wire.clone(),
+            format: versions::own().format,
         };
         let request = HelloRequest {
             cluster: identity.cluster.get(),
             epoch: identity.epoch,
             incarnation,
-            wire_version_min: *WIRE_VERSIONS.start(),
-            wire_version_max: *WIRE_VERSIONS.end(),
-            release: env!("CARGO_PKG_VERSION").to_owned(),
+            wire_version_min: *versions::own().wire.start(),
+            wire_version_max: *versions::own().wire.end(),
+            release: versions::own().name.to_owned(),
             self_: Some(wire::wire_member(member)),
             vote: own.vote.map(wire::wire_vote),
             last: own.last.map(wire::wire_log_id),
             probe: false,
+            format: versions::own().format,
         };
         let mut others = wire::members(&membership);
         others.retain(|other| other.id != identity.node);

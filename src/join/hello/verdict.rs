@@ -27,7 +27,9 @@ use std::ops::RangeInclusive;
 
 use crate::announce;
 use crate::events::{EventId, fields};
+use crate::raft::Leaving;
 use crate::types::{LogId, NodeId, Vote};
+use crate::versions;
 
 /// Who has a vote. One set, or two while it changes; a majority of each is needed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -70,6 +72,8 @@ pub struct Own {
     pub joining: bool,
     /// Versions of the messages it reads.
     pub wire_versions: RangeInclusive<u32>,
+    /// The newest format that it reads.
+    pub format: u32,
 }
 
 /// What another node says.
@@ -93,6 +97,8 @@ pub struct Said {
     pub flags_differ: Option<String>,
     /// Versions of the messages it reads; `None` if it refused us for ours.
     pub wire_versions: Option<RangeInclusive<u32>>,
+    /// The cluster's format, as far as it knows.
+    pub format: u32,
     /// Its release, for people.
     pub release: String,
 }
@@ -203,6 +209,11 @@ impl Verdict {
                 { fields::PEER } = %who,
                 "this node has forgotten what it promised: {what} to node {who}"
             ),
+            Self::Retired { reason, who } if Leaving::may_join_again(reason) => announce!(
+                EventId::LearnerGivenUp,
+                { fields::PEER } = %who,
+                "this node was {reason}, as node {who} says; it joins again under a new id"
+            ),
             Self::Retired { reason, who } => announce!(
                 EventId::NodeRetired,
                 { fields::PEER } = %who,
@@ -217,7 +228,7 @@ impl Verdict {
                 EventId::Incompatible,
                 { fields::PEER } = %who,
                 "node {who} runs a release that does not work with this one ({}): {found}",
-                env!("CARGO_PKG_VERSION")
+                versions::own().name
             ),
         }
     }
@@ -233,6 +244,19 @@ pub fn decide(own: &Own, said: &BTreeMap<NodeId, Said>) -> Verdict {
     for (who, said) in said {
         if let Some(found) = said.duplicate.clone() {
             return Verdict::Duplicate { found, who: *who };
+        }
+    }
+    // What one has written all have to read: its word is enough. Before what this node may have
+    // forgotten, because then its data stays where it is.
+    for (who, said) in said {
+        if own.format < said.format {
+            let found = format!(
+                "the cluster's data is in format {}, release {} reads up to {}",
+                said.format,
+                versions::own().name,
+                own.format
+            );
+            return Verdict::Incompatible { found, who: *who };
         }
     }
     for (who, said) in said {
@@ -274,9 +298,7 @@ fn forgotten(own: &Own, said: &Said) -> Option<Forgotten> {
 
 fn speaks(own: &Own, said: &Said) -> bool {
     let ours = &own.wire_versions;
-    said.wire_versions
-        .as_ref()
-        .is_some_and(|theirs| ours.start() <= theirs.end() && theirs.start() <= ours.end())
+    said.wire_versions.as_ref().is_some_and(|theirs| versions::common(ours, theirs).is_some())
 }
 
 /// The newest membership that anybody knows.
@@ -332,16 +354,19 @@ fn gather(own: &Own, said: &BTreeMap<NodeId, Said>, usable: &BTreeMap<NodeId, &S
         && (!waiting_helps || own.joining)
         && let Some(said) = said.get(&who)
     {
-        return Verdict::Incompatible { found: versions(said), who };
+        return Verdict::Incompatible { found: in_words(own, said), who };
     }
     Verdict::Wait { missing }
 }
 
-fn versions(said: &Said) -> String {
+fn in_words(own: &Own, said: &Said) -> String {
     match &said.wire_versions {
-        Some(versions) => {
-            format!("release {}, versions {} to {}", said.release, versions.start(), versions.end())
-        }
+        Some(theirs) => format!(
+            "release {} speaks {}, this one {}",
+            said.release,
+            versions::in_words(theirs),
+            versions::in_words(&own.wire_versions)
+        ),
         None => format!("it refuses this release: {}", said.release),
     }
 }

@@ -30,6 +30,7 @@ fn own() -> Own {
         voters: voters(1, &[ME, B, C]),
         joining: false,
         wire_versions: 1..=1,
+        format: 1,
     }
 }
 
@@ -42,6 +43,7 @@ fn said() -> Said {
         voters: voters(1, &[ME, B, C]),
         last: Some(id(3, 2, 100)),
         wire_versions: Some(1..=1),
+        format: 1,
         release: "0.2.0".to_owned(),
         ..Said::default()
     }
@@ -170,12 +172,25 @@ fn release_that_a_majority_does_not_understand_is_refused_by_name() {
     let newer = Said { wire_versions: Some(3..=4), release: "9.0".to_owned(), ..said() };
     let verdict = decide(&own(), &by([(B, newer.clone()), (C, newer.clone())]));
     let Verdict::Incompatible { found, .. } = verdict else { panic!("{verdict:?}") };
-    assert!(found.contains("9.0") && found.contains("3 to 4"), "{found}");
+    assert!(
+        found.contains("9.0") && found.contains("3 to 4") && found.contains("version 1"),
+        "{found}"
+    );
     // One of three may be understood by nobody: the others are a majority.
     assert_eq!(decide(&own(), &by([(B, newer.clone()), (C, said())])), Verdict::Welcome);
     assert!(matches!(one(newer.clone()), Verdict::Wait { .. }), "the third may be understood");
     let two = Own { voters: voters(1, &[ME, B]), ..own() };
     assert!(matches!(decide(&two, &by([(B, newer)])), Verdict::Incompatible { .. }));
+}
+
+#[test]
+fn release_that_does_not_read_the_clusters_format_is_refused_by_one_word() {
+    let raised = Said { format: 2, ..said() };
+    let verdict = decide(&own(), &by([(B, raised.clone()), (C, said())]));
+    let Verdict::Incompatible { found, who: B } = verdict else { panic!("{verdict:?}") };
+    assert!(found.contains("in format 2") && found.contains("reads up to 1"), "{found}");
+    let newer = Own { format: 2, ..own() };
+    assert_eq!(decide(&newer, &by([(B, raised)])), Verdict::Welcome);
 }
 
 #[test]

@@ -8,8 +8,8 @@ use prost::Message;
 use super::verdict::{Said, Voters};
 use crate::proto::node::{self as wire, HelloReply, HelloRequest};
 use crate::raft::Member;
-use crate::raft::transport::WIRE_VERSIONS;
 use crate::types::{ClusterId, LogId, LogIndex, NodeId, Term, Vote};
+use crate::versions;
 
 pub(super) fn vote(vote: &wire::Vote) -> Vote {
     let (term, node) = (Term::new(vote.term), NodeId::new(vote.node));
@@ -75,9 +75,9 @@ pub(super) fn probe(cluster: ClusterId, node: NodeId, incarnation: u64) -> Bytes
     HelloRequest {
         cluster: cluster.get(),
         incarnation,
-        wire_version_min: *WIRE_VERSIONS.start(),
-        wire_version_max: *WIRE_VERSIONS.end(),
-        release: env!("CARGO_PKG_VERSION").to_owned(),
+        wire_version_min: *versions::own().wire.start(),
+        wire_version_max: *versions::own().wire.end(),
+        release: versions::own().name.to_owned(),
         self_: Some(wire_member(&member)),
         probe: true,
         ..HelloRequest::default()
@@ -98,6 +98,7 @@ pub(super) fn said(reply: &HelloReply, flags_differ: Option<String>) -> Said {
         last: reply.last.as_ref().map(log_id),
         flags_differ,
         wire_versions: Some(reply.wire_version_min..=reply.wire_version_max),
+        format: versions::announced(reply.format.as_ref().map_or(0, |record| record.format)),
         release: reply.release.clone(),
     }
 }

@@ -109,6 +109,10 @@ impl Transport for Witness {
         })
     }
 
+    fn ready(&self, to: &Member) -> BoxFuture<'static, Result<(), CallError>> {
+        self.transport.ready(to)
+    }
+
     fn stream(
         &self,
         to: &Member,

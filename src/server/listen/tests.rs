@@ -15,8 +15,13 @@ use crate::observe::grpc::CountCalls;
 use crate::pki::{Names, Owner, Pki, Port, Role};
 use crate::types::{ClusterId, NodeId};
 
-const CAPS: Caps =
-    Caps { total: 100, per_address: 100, handshakes: 100, handshakes_per_address: 100 };
+const CAPS: Caps = Caps {
+    total: 100,
+    per_address: 100,
+    handshakes: 100,
+    handshakes_per_address: 100,
+    yields_after: None,
+};
 
 fn metrics() -> Metrics {
     let versions = Versions { server: "3.6.5", cluster: "3.6", daemon: "0.1.0" };

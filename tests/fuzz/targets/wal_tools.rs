@@ -62,6 +62,7 @@ async fn life() -> Files {
         heartbeat: second / 2,
         election_min: 2 * second,
         election_max: 4 * second,
+        learner_silent_max: k3s_server::limits::LEARNER_SILENT_MAX,
         checkpoint,
     };
     let node = Node::start(parts, &options).await.unwrap();

@@ -1,0 +1,60 @@
+//! Hosts that stop: in order, or because the power went.
+
+use crate::host::{Host, UNIT};
+use crate::story::{cluster, leader, leader_of, while_writing};
+
+/// Somebody else led before this server ended. All hosts here have one clock.
+fn assert_handed_over(old: &Host, boot: &str, others: &[&Host]) {
+    let new = &others[leader(others)];
+    let led = new.when("0", &format!("leader is {}", new.name()));
+    let ended = old.when(boot, "stopped; everything is on the card");
+    let late = || format!("{} us after {} had ended", led - ended, old.name());
+    assert!(led < ended, "{} leads since {}", new.name(), late());
+    println!("{} led {} ms before {} had ended", new.name(), (ended - led) / 1000, old.name());
+}
+
+#[test]
+fn stopped_leader_hands_over_and_rejoins() {
+    let Some(lab) = cluster() else { return };
+    let old = leader_of(&lab);
+    let other = &lab.hosts[(old + 1) % 3];
+    let (written, ()) = while_writing(other, || {
+        lab.hosts[old].run(&["systemctl", "stop", UNIT]);
+    });
+    written.assert_went_on();
+    assert_eq!(lab.hosts[old].property("Result"), "success");
+    let others = [other, &lab.hosts[(old + 2) % 3]];
+    assert_handed_over(&lab.hosts[old], "0", &others);
+
+    lab.hosts[old].run(&["systemctl", "start", UNIT]);
+    assert_eq!(lab.hosts[old].value("written"), written.acknowledged.to_string());
+}
+
+#[test]
+fn rebooted_host_hands_leadership_over_first_and_is_back_by_itself() {
+    let Some(mut lab) = cluster() else { return };
+    let old = leader_of(&lab);
+    let mut host = lab.hosts.remove(old);
+    let (written, ()) = while_writing(&lab.hosts[0], || host.reboot());
+    written.assert_went_on();
+    host.ready();
+    assert_handed_over(&host, "-1", &[&lab.hosts[0], &lab.hosts[1]]);
+    assert_eq!(host.value("written"), written.acknowledged.to_string());
+}
+
+#[test]
+fn power_cut_of_all_hosts_loses_nothing_that_was_acknowledged() {
+    let Some(mut lab) = cluster() else { return };
+    for (at, host) in lab.hosts.iter().enumerate() {
+        host.put(&format!("kept/{at}"), "yes");
+    }
+    lab.hosts.iter_mut().for_each(Host::power_cut);
+    lab.boot_all();
+    for host in &lab.hosts {
+        host.ready();
+        assert_eq!(
+            host.ctl(&["get", "--prefix", "kept/", "--print-value-only"]).matches("yes").count(),
+            3
+        );
+    }
+}
