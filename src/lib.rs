@@ -9,6 +9,7 @@ pub mod proto;
 pub mod types;
 pub mod versions;
 
+pub mod board;
 pub mod env;
 pub mod metrics;
 
@@ -34,6 +35,7 @@ pub mod backup;
 pub mod etcd;
 pub mod join;
 
+pub mod bus;
 pub mod observe;
 
 pub mod admin;

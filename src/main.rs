@@ -3,6 +3,7 @@
 use std::io::{self, BufRead as _, IsTerminal as _, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use k3s_server::admin::check::{NotAsked, Sources, Verdict, ask_cluster};
 use k3s_server::admin::{self, Action, AdminError};
@@ -18,7 +19,17 @@ struct Assembly;
 
 impl Programs for Assembly {
     fn server(&self, loaded: Loaded) -> Result<(), Failure> {
-        server::run(&loaded).map_err(failure)
+        server::run(&loaded).map_err(|ended| {
+            let mut failure = failure(ended.error);
+            if ended.told {
+                failure.text.clear();
+            }
+            failure
+        })
+    }
+
+    fn refused(&self, problems: &str) -> bool {
+        server::refuse(problems)
     }
 
     fn check(&self, config: &Config, server_named: bool) -> Verdict {
@@ -58,6 +69,19 @@ impl Programs for Assembly {
                 None => failure,
             }
         })
+    }
+
+    fn status(
+        &self,
+        config: &Config,
+        connection: &Connection,
+        format: admin::Format,
+        again: Option<Duration>,
+        out: &mut dyn Write,
+    ) -> Result<(), Failure> {
+        let serves = admin::status::run(config, connection, format, again, out).map_err(failed)?;
+        // What is wrong was printed.
+        if serves { Ok(()) } else { Err(failed("")) }
     }
 
     fn wal_verify(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure> {

@@ -261,7 +261,7 @@ mod tests {
         let request = Request {
             command_line: Vec::new(),
             environment: BTreeMap::new(),
-            host: Host { name: Some("pi-1".to_owned()), address: None },
+            host: Host { name: Some("pi-1".to_owned()), address: None, token_credential: None },
             paths: Paths::default(),
         };
         let bytes = format!("{NOBODY}{text}").into_bytes();

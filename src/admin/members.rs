@@ -61,7 +61,7 @@ struct Row {
 
 /// All members.
 #[derive(Clone, Debug)]
-struct Roll {
+pub(super) struct Roll {
     rows: Vec<Row>,
     /// The answering server could not make sure with a majority.
     may_be_old: bool,
@@ -152,7 +152,10 @@ impl Roll {
         by_id.ok_or_else(|| MemberError::Unknown(wanted.to_owned()))
     }
 
-    async fn gather(connection: &Connection, channel: Channel) -> Result<Self, AdminError> {
+    pub(super) async fn gather(
+        connection: &Connection,
+        channel: Channel,
+    ) -> Result<Self, AdminError> {
         let mut cluster = ClusterClient::new(channel.clone());
         let (list, may_be_old) =
             match cluster.member_list(pb::MemberListRequest { linearizable: true }).await {
@@ -207,7 +210,7 @@ pub async fn list(
     Ok(())
 }
 
-fn print(roll: &Roll, out: &mut dyn Write) -> io::Result<()> {
+pub(super) fn print(roll: &Roll, out: &mut dyn Write) -> io::Result<()> {
     let unknown = || "-".to_owned();
     let row = |row: &Row| {
         let release = row.record.as_ref().map(|record| record.release.clone());
@@ -261,7 +264,7 @@ fn advice(quorum: Quorum) -> Option<String> {
     })
 }
 
-fn as_json(roll: &Roll) -> serde_json::Value {
+pub(super) fn as_json(roll: &Roll) -> serde_json::Value {
     let members = roll.rows.iter().map(|row| {
         json!({
             "id": row.id().to_string(),

@@ -17,6 +17,7 @@
 pub mod check;
 pub mod flags;
 pub mod members;
+pub mod status;
 
 mod table;
 

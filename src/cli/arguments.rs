@@ -2,6 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
@@ -14,6 +15,7 @@ use crate::config::{Given, Key, Kind, Repeat};
 use super::{Command, Exit, Failure, Format, RepairArguments, Show, Target, WalArguments};
 use crate::admin::{self, Action};
 use crate::critical::Flag;
+use crate::systemd::{health, phase};
 
 const NAME: &str = "k3s-server";
 
@@ -50,6 +52,14 @@ pub fn parse(arguments: &[OsString], width: Option<usize>) -> Result<Command, Fa
             }),
             _ => unreachable!("clap asks for a subcommand of wal"),
         },
+        Some(("status", matches)) => status_command(matches),
+        Some(("health", matches)) => {
+            let directory = matches.get_one::<PathBuf>("runtime-dir").cloned();
+            let seconds = matches.get_one::<u64>("timeout").copied();
+            let patience = seconds.map_or(health::PATIENCE, Duration::from_secs);
+            Command::Health(directory.unwrap_or_else(|| phase::DIRECTORY.into()), patience)
+        }
+        Some(("man", matches)) => Command::Man(directory(matches)),
         Some(("flags", matches)) => flags_command(matches),
         Some(("member", matches)) => member_command(matches),
         Some(("token", matches)) => Command::Token(given(matches), matches.get_flag("show")),
@@ -88,6 +98,14 @@ fn member_command(matches: &ArgMatches) -> Command {
             admin(matches, Action::MemberPromote { member: word(matches, "member") })
         }
         _ => unreachable!("clap asks for a subcommand of member"),
+    }
+}
+
+fn status_command(matches: &ArgMatches) -> Command {
+    let again = matches.get_one::<u64>("watch").map(|seconds| Duration::from_secs(*seconds));
+    match admin(matches, Action::MemberList) {
+        Command::Admin(given, target, _, format) => Command::Status(given, target, format, again),
+        other => other,
     }
 }
 
@@ -174,6 +192,8 @@ pub fn parser(width: Option<usize>) -> clap::Command {
                                 .help("Show defaults too"),
                         ),
                 ),
+            status_parser(),
+            health_parser(),
             wal_parser(),
             flags_parser(),
             member_parser(),
@@ -185,6 +205,10 @@ pub fn parser(width: Option<usize>) -> clap::Command {
                         .action(ArgAction::SetTrue)
                         .help("Print the token itself: with it, servers and agents can join"),
                 ),
+            clap::Command::new("man")
+                .about("Write the man pages")
+                .hide(true)
+                .arg(directory_argument().help("Directory to write them to")),
             clap::Command::new("version").about("Print the version"),
             clap::Command::new("completion").about("Print a completion script").arg(
                 Arg::new("shell").required(true).value_name("SHELL").value_parser(["bash", "zsh", "fish"]),
@@ -194,6 +218,55 @@ pub fn parser(width: Option<usize>) -> clap::Command {
         Some(width) => parser.term_width(width),
         None => parser,
     }
+}
+
+fn status_parser() -> clap::Command {
+    on_server(clap::Command::new("status"))
+        .about("Print how this server is: cluster, log, card, what the board lacks; also when it does not run")
+        .long_about(
+            "Print how this server is: its cluster and members, its log and how fast the card takes it, what was written today, \
+             the card's model and health where the kernel tells them, and what the board lacks, with the file to edit. When \
+             the server does not answer, what it said last and what its disk says.",
+        )
+        .arg(formats(&["table", "json"]))
+        .arg(
+            Arg::new("watch")
+                .long("watch")
+                .short('w')
+                .value_name("SECONDS")
+                .num_args(0..=1)
+                .require_equals(true)
+                .default_missing_value("2")
+                .value_parser(clap::value_parser!(u64).range(1..=3600))
+                .help("Print it again and again, every 2 s unless told otherwise"),
+        )
+        .after_help("Exit status: 0 it serves, 1 it does not, 64 wrong usage, 78 wrong configuration.")
+}
+
+fn health_parser() -> clap::Command {
+    clap::Command::new("health")
+        .about("Tell, after an update, whether this release works on this server")
+        .long_about(
+            "Tell, after an update, whether this release works on this server: for systems that go back to the old image \
+             otherwise (see k3s-server-health.service). A configuration that is refused, a log or a state that does not open, \
+             certificates that cannot be used are this release's fault. Other servers that are down are not: a server that has \
+             its own in order and waits for them is well.",
+        )
+        .arg(
+            Arg::new("timeout")
+                .long("timeout")
+                .value_name("SECONDS")
+                .value_parser(clap::value_parser!(u64).range(1..=86_400))
+                .help("How long to look before what is not well counts as broken [default: 300]"),
+        )
+        .arg(
+            Arg::new("runtime-dir")
+                .long("runtime-dir")
+                .value_name("DIR")
+                .value_parser(clap::value_parser!(PathBuf))
+                .help("The unit's runtime directory [default: /run/k3s-server]"),
+        )
+        .after_help("Exit status: 0 it works, or waits for other servers; 1 it is broken; 64 wrong usage.")
 }
 
 fn wal_parser() -> clap::Command {

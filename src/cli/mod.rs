@@ -16,18 +16,23 @@
 //! What values mean (`config`), what the daemon does (`server`).
 
 pub mod arguments;
+pub mod man;
 mod report;
 mod world;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use crate::admin::check::Verdict;
 use crate::admin::{self, Action};
-use crate::client::Connection;
+use crate::client::{self, Connection};
 use crate::config::{self, Config, Given, Loaded, Request};
+use crate::env::host;
 use crate::pki::Paths;
+use crate::systemd::health::Health;
+use crate::systemd::{self, Phases};
 
 pub use world::World;
 
@@ -41,6 +46,12 @@ pub enum Command {
     Server(Vec<Given>),
     /// Check the configuration, and whether it fits the cluster.
     Check(Vec<Given>, Format),
+    /// Show how this server is.
+    Status(Vec<Given>, Target, admin::Format, Option<Duration>),
+    /// Tell whether this release works here.
+    Health(PathBuf, Duration),
+    /// Write the man pages into a directory.
+    Man(PathBuf),
     /// Ask a running server.
     Admin(Vec<Given>, Target, Action, admin::Format),
     /// Print where the token is, or the token.
@@ -115,6 +126,9 @@ pub trait Programs {
     /// Runs the daemon until it is told to stop. Warnings are the daemon's to log.
     fn server(&self, loaded: Loaded) -> Result<(), Failure>;
 
+    /// Tells the journal that the daemon's configuration cannot be used; `false` where there is none, so that it is printed.
+    fn refused(&self, problems: &str) -> bool;
+
     /// What a start with this configuration would do, and whether its flags are the cluster's. With `server_named`, the cluster
     /// of `server` is meant, whatever is on disk.
     fn check(&self, config: &Config, server_named: bool) -> Verdict;
@@ -125,6 +139,16 @@ pub trait Programs {
         connection: &Connection,
         action: &Action,
         format: admin::Format,
+        out: &mut dyn Write,
+    ) -> Result<(), Failure>;
+
+    /// Shows how the server of this host is, running or not; with `again` over and over.
+    fn status(
+        &self,
+        config: &Config,
+        connection: &Connection,
+        format: admin::Format,
+        again: Option<Duration>,
         out: &mut dyn Write,
     ) -> Result<(), Failure>;
 
@@ -245,11 +269,18 @@ fn carry_out(
     out: &mut dyn Write,
 ) -> Result<(), Failure> {
     match command {
-        Command::Server(given) => programs.server(load(given, world)?),
+        Command::Server(given) => server(given, world, programs),
         Command::Check(given, format) => check(given, format, world, programs, out),
         Command::Admin(given, target, action, format) => {
             programs.admin(&connection(given, target, world)?, &action, format, out)
         }
+        Command::Status(given, target, format, again) => {
+            let config = load(given.clone(), world)?.config;
+            let connection = connection(given, target, world)?;
+            programs.status(&config, &connection, format, again, out)
+        }
+        Command::Health(directory, patience) => health(&directory, patience, out),
+        Command::Man(directory) => Ok(man::write(&directory)?),
         Command::Token(given, show) => token(&load(given, world)?.config, show, out),
         Command::ConfigShow(given, show) => {
             Ok(report::config(&load(given, world)?.config, show, out)?)
@@ -260,6 +291,20 @@ fn carry_out(
         Command::Version => Ok(writeln!(out, "k3s-server version {}", env!("CARGO_PKG_VERSION"))?),
         Command::Completion(shell) => Ok(out.write_all(&arguments::completion(shell))?),
         Command::Help(text) => Ok(out.write_all(text.as_bytes())?),
+    }
+}
+
+/// A start that is refused leaves behind why, for `health` and `status`.
+fn server(given: Vec<Given>, world: &World, programs: &dyn Programs) -> Result<(), Failure> {
+    match load(given, world) {
+        Ok(loaded) => programs.server(loaded),
+        Err(mut refusal) => {
+            Phases::from_environment().failed(refusal.exit.status(), refusal.text.clone());
+            if programs.refused(&refusal.text) {
+                refusal.text.clear();
+            }
+            Err(refusal)
+        }
     }
 }
 
@@ -304,6 +349,16 @@ fn connection(given: Vec<Given>, target: Target, world: &World) -> Result<Connec
         connection.endpoints = endpoints;
     }
     Ok(connection)
+}
+
+/// Exit status 0: this release may stay on this server. 1: it is what is broken.
+fn health(directory: &Path, patience: Duration, out: &mut dyn Write) -> Result<(), Failure> {
+    let clock = host::env().clock;
+    match client::block_on(systemd::health::watch(directory, &*clock, patience))? {
+        Health::Well(why) => Ok(writeln!(out, "well: {why}")?),
+        Health::Broken(why) => Err(Failure::failed(format!("broken: {why}"))
+            .fix("`journalctl -u k3s-server -b` has the details; an image with two slots goes back to the other one")),
+    }
 }
 
 /// Its place, or itself if that was asked for in so many words.

@@ -37,6 +37,7 @@ mod validate;
 mod values;
 mod yaml;
 
+use std::fmt;
 use std::net::IpAddr;
 use std::ops::Deref;
 use std::path::PathBuf;
@@ -64,6 +65,8 @@ pub struct Host {
     pub name: Option<String>,
     /// Address of the interface with the default route.
     pub address: Option<IpAddr>,
+    /// The file in which systemd hands the token over (`LoadCredential=`), if it does.
+    pub token_credential: Option<PathBuf>,
 }
 
 /// Everything a configuration is made of. Not `Debug`: variables and arguments may be secret.
@@ -155,6 +158,12 @@ impl Config {
     }
 }
 
+impl fmt::Debug for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Request").finish_non_exhaustive()
+    }
+}
+
 /// A configuration and what is worth saying about it: warnings and notes, no errors.
 #[derive(Clone, Debug)]
 pub struct Loaded {
@@ -162,6 +171,8 @@ pub struct Loaded {
     pub config: Config,
     /// Sorted.
     pub problems: Problems,
+    /// What it was made of, to make it again.
+    pub request: Request,
 }
 
 /// Reads the files that apply and checks everything.
@@ -193,7 +204,8 @@ pub fn resolve(
     let files = sources.iter().map(|source| source.name.clone()).collect();
     match values {
         Some(values) if !problems.has_errors() => {
-            Ok(Loaded { config: Config { values, settings, files }, problems })
+            let config = Config { values, settings, files };
+            Ok(Loaded { config, problems, request: request.clone() })
         }
         _ => Err(problems),
     }

@@ -34,7 +34,7 @@ pub fn validate(settings: &Settings, host: &Host) -> (Option<Values>, Problems) 
     check.each_alone();
     let network = check.network(host);
     let start = check.start();
-    let token = check.token();
+    let token = check.token(host);
     let datastore_arguments = check.datastore();
     let etcd = etcd_args::read(settings.items("etcd-arg"), &mut check.problems);
     let insecure_http = check.boolean("insecure-http");
@@ -257,8 +257,8 @@ impl Check<'_> {
         }
     }
 
-    /// `token-file` wins over `token`.
-    fn token(&mut self) -> Option<TokenSource> {
+    /// `token-file` wins over `token`, and both over a credential of the unit.
+    fn token(&mut self, host: &Host) -> Option<TokenSource> {
         let inline = self.settings.one("token");
         let file = self.settings.one("token-file");
         if inline.is_some()
@@ -272,7 +272,7 @@ impl Check<'_> {
         match (file, inline) {
             (Some(file), _) => Some(TokenSource::File(PathBuf::from(&file.text))),
             (None, Some(item)) => Some(TokenSource::Inline(Secret::new(item.text.clone()))),
-            (None, None) => None,
+            (None, None) => host.token_credential.clone().map(TokenSource::Credential),
         }
     }
 

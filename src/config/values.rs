@@ -50,6 +50,8 @@ pub enum TokenSource {
     Inline(Secret),
     /// In a file, which may appear later.
     File(PathBuf),
+    /// In a file that systemd made for this service.
+    Credential(PathBuf),
 }
 
 /// Where one of our ports is served.

@@ -54,7 +54,7 @@ mod tests {
         let request = Request {
             command_line: Vec::new(),
             environment: std::collections::BTreeMap::new(),
-            host: Host { name: Some("pi-1".to_owned()), address: None },
+            host: Host { name: Some("pi-1".to_owned()), address: None, token_credential: None },
             paths: Paths::default(),
         };
         let source =

@@ -7,7 +7,7 @@
 //! - A changed flag is one compare-and-set in the log: two operators at once do not undo each other.
 //! - Every change, and every refused one, is said in the journal with who asked for it.
 
-use std::time::Instant;
+use std::time::{Instant, UNIX_EPOCH};
 
 use bytes::Bytes;
 use tonic::{Request, Response, Status};
@@ -18,15 +18,19 @@ use crate::announce;
 use crate::apply::{self, Reply};
 use crate::command::Command;
 use crate::critical::{ChangeRefused, Changed, ClusterFlags, change, line};
-use crate::events::{EventId, fields};
+use crate::events::{EventId, fields, trouble};
+use crate::metrics::process;
+use crate::metrics::today::TODAY;
 use crate::pki::Caller;
+use crate::proto::etcdserverpb::AlarmType;
 use crate::proto::node::admin_server::Admin;
 use crate::proto::node::cluster_change::Change;
 use crate::proto::node::cluster_reply::Result as Answer;
 use crate::proto::node::{
     ChangeFlagReply, ChangeFlagRequest, ClusterChange, FlagsReply, FlagsRequest, KnownNode,
-    NodesReply, NodesRequest, SetFlag,
+    NodesReply, NodesRequest, ServerStatus, ServerStatusRequest, SetFlag,
 };
+use crate::raft::Role;
 
 /// Others may change flags at the same moment; nobody does that this often.
 const ATTEMPTS: usize = 8;
@@ -135,6 +139,15 @@ fn audit(request: &ChangeFlagRequest, by: &str, from: &str, result: &Result<Chan
     }
 }
 
+const fn role(role: Role) -> &'static str {
+    match role {
+        Role::Leader => "leader",
+        Role::Follower => "follower",
+        Role::Candidate => "candidate",
+        Role::Learner => "learner",
+    }
+}
+
 #[tonic::async_trait]
 impl Admin for AdminService {
     async fn flags(&self, request: Request<FlagsRequest>) -> Result<Response<FlagsReply>, Status> {
@@ -161,6 +174,53 @@ impl Admin for AdminService {
         let Changed { flag, old, new, .. } = result?;
         let (old, line) = (old.to_string(), line(flag, &new));
         Ok(Response::new(ChangeFlagReply { old, new: new.to_string(), line }))
+    }
+
+    async fn status(
+        &self,
+        _request: Request<ServerStatusRequest>,
+    ) -> Result<Response<ServerStatus>, Status> {
+        let parts = self.0.parts();
+        let (status, stats) = (parts.node.status(), parts.node.stats());
+        let barriers = parts.node.wal().stats().barrier_micros;
+        let micros = |share| if barriers.count == 0 { 0 } else { barriers.quantile(share) };
+        let view = parts.node.store().read().map_err(|error| store_failed(&error))?;
+        let size = parts.node.store().size().map_err(|error| store_failed(&error))?;
+        let alarms = view.alarms().map_err(|error| store_failed(&error))?;
+        let process = process::read();
+        let written = TODAY.look(parts.env.clock.wall(), process.written_bytes.unwrap_or(0));
+        let since = written.since.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let alarm = |(member, kind): (crate::types::NodeId, i32)| {
+            let kind = AlarmType::try_from(kind).unwrap_or_default();
+            format!("{} ({member})", kind.as_str_name())
+        };
+        Ok(Response::new(ServerStatus {
+            cluster: status.cluster.get(),
+            node: status.node.get(),
+            name: self.own_name(),
+            release: env!("CARGO_PKG_VERSION").to_owned(),
+            role: role(status.role).to_owned(),
+            leader: status.leader.map_or(0, crate::types::NodeId::get),
+            term: status.term.get(),
+            last: status.last_index.get(),
+            committed: status.committed.get(),
+            applied: status.applied.get(),
+            checkpoint: stats.checkpoint_index.get(),
+            revision: view.revision().get(),
+            store_bytes: size.total,
+            quota_bytes: parts.settings.quota_bytes.unwrap_or(0),
+            barriers: barriers.count,
+            barrier_p50: micros(0.5),
+            barrier_p90: micros(0.9),
+            barrier_p99: micros(0.99),
+            barrier_slowest: micros(1.0),
+            written: written.bytes,
+            written_since: i64::try_from(since).unwrap_or(i64::MAX),
+            alarms: alarms.into_iter().map(alarm).collect(),
+            last_error: trouble::last().unwrap_or_default(),
+            pid: std::process::id(),
+            resident_bytes: process.resident_bytes.unwrap_or(0),
+        }))
     }
 
     async fn nodes(&self, _request: Request<NodesRequest>) -> Result<Response<NodesReply>, Status> {

@@ -11,6 +11,7 @@
 //! Where lines go and how they look: `observe`. This module is on the lowest row so that every other one can name its events.
 
 pub mod fields;
+pub mod trouble;
 
 use std::fmt;
 
@@ -149,6 +150,20 @@ events! {
     /// The wall clock is before the day this release was made.
     ClockUnset = 0xc929a8c08540400ab6ee7b44f04014b5, WARN,
         "nothing has to be done if the network sets the time soon; otherwise check `timedatectl`";
+    /// The wall clock was set, or follows a time server now.
+    ClockSet = 0x63fe87d19c60da5691ed570cae0399d3, INFO;
+    /// The kernel lacks something that K3s or a card needs.
+    PrerequisiteMissing = 0x8086056bd47e9f96e973bbeabce00695, WARN,
+        "the message names the file to edit and the line to write; `k3s-server status` repeats it";
+    /// Upstream k3s runs with an etcd of its own on our ports, or is set up to.
+    UpstreamConflict = 0xb85775ea9e9f8f45c56d43691328a337, ERROR,
+        "decide which of the two is the datastore: `systemctl disable --now k3s` and start this one, or `systemctl disable --now k3s-server`; to use this one, k3s needs `datastore-endpoint: https://127.0.0.1:2379` and no `cluster-init` or `server`";
+    /// The machine goes down; this node got out of the way first.
+    ShutdownPrepared = 0x0d60dc3b1db8cb3f926e64039741de93, INFO;
+    /// The configuration was read again.
+    Reloaded = 0x17c0bf08ccbb808c1df2243878a1e273, INFO;
+    /// A backup was written beside the datastore.
+    BackupWritten = 0x58bf8ec73f2756bd556ba9e7fd3ceb13, INFO;
     /// An address cannot be listened on.
     ListenFailed = 0xf9e81f43f2ff479191ceff00eb790381, ERROR,
         "the message names the address and, where it can be seen, the process that holds it; stop that process or change the address";

@@ -414,7 +414,11 @@ fn matched() -> crate::critical::MatchedFlags {
     let request = crate::config::Request {
         command_line: Vec::new(),
         environment: std::collections::BTreeMap::new(),
-        host: crate::config::Host { name: Some("pi-2".to_owned()), address: None },
+        host: crate::config::Host {
+            name: Some("pi-2".to_owned()),
+            address: None,
+            token_credential: None,
+        },
         paths: crate::config::Paths::default(),
     };
     let loaded = crate::config::resolve(&[], crate::config::Problems::default(), &request);

@@ -210,7 +210,11 @@ mod tests {
         let request = Request {
             command_line: Vec::new(),
             environment: BTreeMap::new(),
-            host: Host { name: Some("pi-2".to_owned()), address: "10.0.0.2".parse().ok() },
+            host: Host {
+                name: Some("pi-2".to_owned()),
+                address: "10.0.0.2".parse().ok(),
+                token_credential: None,
+            },
             paths: Paths::default(),
         };
         let bytes = text.as_bytes().to_vec();

@@ -362,7 +362,17 @@ pub async fn obtain(env: &Env, source: &TokenSource) -> Result<Token, ObtainErro
         TokenSource::Inline(secret) => Token::parse(secret.expose())
             .map_err(|error| ObtainError::Token { origin: "token".to_owned(), error }),
         TokenSource::File(path) => obtain_file(env, path).await,
+        TokenSource::Credential(path) => obtain_credential(env, path),
     }
+}
+
+/// systemd has put it there before the start, for nobody but this service: there is nothing to wait for, and its mode shows
+/// the access list by which it lets us read it.
+fn obtain_credential(env: &Env, path: &Path) -> Result<Token, ObtainError> {
+    let io = |source| ObtainError::Io { path: path.to_owned(), source };
+    let bytes = file::read(&*env.disk, path).map_err(io)?;
+    let bytes = bytes.ok_or_else(|| io(io::ErrorKind::NotFound.into()))?;
+    parse(path, &bytes)
 }
 
 async fn obtain_file(env: &Env, path: &Path) -> Result<Token, ObtainError> {
@@ -397,9 +407,13 @@ fn read(env: &Env, path: &Path) -> Result<Option<Token>, ObtainError> {
             path.display()
         );
     }
+    parse(path, &bytes).map(Some)
+}
+
+fn parse(path: &Path, bytes: &[u8]) -> Result<Token, ObtainError> {
     let wrong = |error| ObtainError::Token { origin: path.display().to_string(), error };
-    let text = std::str::from_utf8(&bytes).map_err(|_| wrong(TokenError::Characters))?;
-    Token::parse(text).map(Some).map_err(wrong)
+    let text = std::str::from_utf8(bytes).map_err(|_| wrong(TokenError::Characters))?;
+    Token::parse(text).map_err(wrong)
 }
 
 /// The token that this node keeps in its data directory.

@@ -24,6 +24,7 @@
 
 pub mod grpc;
 pub mod process;
+pub mod today;
 
 mod groups;
 mod histogram;

@@ -206,7 +206,7 @@ mod tests {
         // More than the queue and any socket buffer hold. Sent by this thread, this would never end.
         let said = LINES_MAX + 20_000;
         for line in 0..said {
-            tracing::info!({ fields::INDEX } = line, "line");
+            tracing::info!({ fields::INDEX } = line, "line {line}");
         }
         let ending = thread::spawn(move || drop(logs));
         let (mut arrived, mut lost) = (0, 0);

@@ -25,6 +25,8 @@ use tracing_subscriber::registry::LookupSpan;
 
 use super::forward::Flush;
 use super::journal;
+use super::repeat::Repeats;
+use crate::env::host;
 use crate::events::fields;
 
 /// Ours from INFO up; of the libraries only what is wrong. openraft warns of every heartbeat that a dead node does not answer, several
@@ -114,19 +116,29 @@ impl Surroundings {
 pub struct Logs {
     /// Where lines go.
     pub output: Output,
+    /// What was left out because it had just been said.
+    pub repeats: Repeats,
     _flush: Option<Flush>,
+}
+
+impl Drop for Logs {
+    fn drop(&mut self) {
+        self.repeats.tell(true);
+    }
 }
 
 /// Sets up logging for the process. Call it once, first thing.
 pub fn init(logging: &Logging) -> Result<Logs, LoggingError> {
     let filter = filter(logging)?;
     let output = Surroundings::look().output();
+    let repeats = Repeats::new(host::env().clock);
     let colour = match output {
         Output::Text { colour } => colour,
         Output::Journal => match journal::open(filter.clone()) {
             Ok((journal, flush)) => {
-                set(tracing_subscriber::registry().with(filter).with(journal))?;
-                return Ok(Logs { output, _flush: Some(flush) });
+                let journal = tracing_subscriber::registry().with(filter).with(journal);
+                set(journal.with(repeats.clone()))?;
+                return Ok(Logs { output, repeats, _flush: Some(flush) });
             }
             // No socket: stderr still leads to the journal, as plain lines.
             Err(_) => false,
@@ -136,8 +148,8 @@ pub fn init(logging: &Logging) -> Result<Logs, LoggingError> {
         .with_ansi(colour)
         .with_writer(io::stderr)
         .event_format(Text);
-    set(tracing_subscriber::registry().with(filter).with(text))?;
-    Ok(Logs { output: Output::Text { colour }, _flush: None })
+    set(tracing_subscriber::registry().with(filter).with(text).with(repeats.clone()))?;
+    Ok(Logs { output: Output::Text { colour }, repeats, _flush: None })
 }
 
 fn set(subscriber: impl Into<Dispatch>) -> Result<(), LoggingError> {

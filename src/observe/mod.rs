@@ -2,7 +2,7 @@
 //!
 //! # Shape
 //!
-//! [`logging`] chooses between [`journal`] and text.
+//! [`logging`] chooses between [`journal`] and text; [`repeat`] keeps both from saying the same thing all day.
 //! [`http`] serves metrics and health, [`grpc`] counts calls.
 //!
 //! # Invariants
@@ -19,3 +19,4 @@ pub mod grpc;
 pub mod http;
 pub mod journal;
 pub mod logging;
+pub mod repeat;

@@ -53,4 +53,4 @@ pub use names::Names;
 pub use store::{Issued, Owner, Paths, Pki};
 pub use stranger::{call_stranger, introduced};
 pub use tls::{ALPN_JOIN, Port};
-pub use validity::{CertificateClock, Due};
+pub use validity::{CertificateClock, Due, clock_is_unset};

@@ -240,7 +240,7 @@ impl Node {
     }
 
     /// Before this node stops: if it leads and another voter can, that one does, so that nobody has to notice a silence.
-    pub(super) async fn leave_leadership(&self) {
+    pub async fn leave_leadership(&self) {
         let leave = async {
             if let Ok(roster) = self.roster().await
                 && 1 < roster.voters().len()

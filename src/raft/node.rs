@@ -376,6 +376,17 @@ impl Node {
         self.shared.raft.with_raft_state(|_| ()).await.is_ok()
     }
 
+    /// Hangs Raft's own loop for good, and with it the thread it runs on. For the test of the watchdog.
+    pub async fn hang(&self) {
+        let hung = self.shared.raft.with_raft_state(|_| {
+            loop {
+                std::thread::park();
+            }
+        });
+        // Nobody answers any more.
+        drop(hung.await);
+    }
+
     /// Rewrites the store's file without its free pages. Applying waits; readers and the log go on.
     pub async fn defragment(&self) -> Result<(), StoreError> {
         if self.shared.wal.flush().await.is_err() {

@@ -1,6 +1,7 @@
 //! `etcdctl snapshot save`: the store at one moment, laid out as etcd's database file.
 
-use std::io;
+use std::io::{self, Read as _};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
@@ -8,6 +9,7 @@ use prost::Message;
 
 use crate::backup::bolt::WriteError;
 use crate::backup::etcd_file::{EtcdFile, RevisionRow, Revisions};
+use crate::env::{Env, Open};
 use crate::etcd::{self, Backup, BackupSource};
 use crate::mvcc::{ReadTxn, StoreError};
 use crate::proto::mvccpb::KeyValue;
@@ -17,6 +19,9 @@ use crate::types::{LogId, Revision};
 
 /// History read from the store at a time.
 const CHUNK_BYTES: usize = 1 << 20;
+
+/// Room that a backup leaves on the card: the datastore comes first.
+const FREE_BYTES_MIN: u64 = 128 << 20;
 
 /// One moment of the store, and what etcd's file wants to know besides.
 struct Moment {
@@ -99,6 +104,43 @@ impl Moment {
         })?;
         Ok(Backup { bytes, reader: Box::new(reader) })
     }
+}
+
+/// Writes a backup to a new file, durable when this returns its length. Blocks: for a thread of its own.
+pub(super) async fn write_file(node: &Node, env: &Env, path: &Path) -> io::Result<u64> {
+    let directory = path.parent().unwrap_or(Path::new("."));
+    env.disk.create_dir_all(directory)?;
+    if env.disk.exists(path)? {
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a backup of this name"));
+    }
+    let Backup { bytes, mut reader } = Moment::of(node).map_err(io::Error::other)?.stream()?;
+    let free = env.disk.free_bytes(directory)?;
+    if free < bytes.saturating_add(FREE_BYTES_MIN) {
+        let text = format!("the backup needs {bytes} bytes, and {free} are free");
+        return Err(io::Error::new(io::ErrorKind::StorageFull, text));
+    }
+    let unfinished = path.with_extension("unfinished");
+    if env.disk.exists(&unfinished)? {
+        env.disk.remove(&unfinished)?;
+    }
+    let file = env.disk.open(&unfinished, Open::Create)?;
+    let (mut piece, mut at) = (vec![0; CHUNK_BYTES], 0_u64);
+    loop {
+        let length = reader.read(&mut piece)?;
+        if length == 0 {
+            break;
+        }
+        file.write_at(&piece[..length], at)?;
+        at += length as u64;
+    }
+    if at != bytes {
+        env.disk.remove(&unfinished)?;
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the backup ended early"));
+    }
+    file.sync().await?;
+    env.disk.rename(&unfinished, path)?;
+    env.disk.sync_dir(directory)?;
+    Ok(bytes)
 }
 
 /// Backups of this node's store.

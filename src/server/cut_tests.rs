@@ -216,7 +216,7 @@ fn street() -> [u8; 2] {
 
 struct Server {
     card: Card,
-    config: Config,
+    loaded: Loaded,
     seed: u64,
     /// How often the last life was polled.
     polls: Arc<AtomicUsize>,
@@ -233,14 +233,18 @@ impl Server {
         let request = Request {
             command_line: Vec::new(),
             environment: BTreeMap::new(),
-            host: Host { name: Some(format!("pi-{number}")), address: Some(address.into()) },
+            host: Host {
+                name: Some(format!("pi-{number}")),
+                address: Some(address.into()),
+                token_credential: None,
+            },
             paths: Paths::default(),
         };
         let source =
             Source { name: "config.yaml".to_owned(), bytes: text.into_bytes(), mode: 0o600 };
         let loaded = resolve(&[source], Problems::default(), &request).unwrap();
-        let (config, seed) = (loaded.config, u64::from(number));
-        Self { card: Card::new(disk), config, seed, polls: Arc::default() }
+        let seed = u64::from(number);
+        Self { card: Card::new(disk), loaded, seed, polls: Arc::default() }
     }
 
     fn founder(disk: FaultDisk, street: [u8; 2]) -> Self {
@@ -262,8 +266,10 @@ impl Server {
     /// Runs until the last step is taken, in lives as many as the server itself asks for.
     async fn settled(&self, env: &Env) -> Result<Running, RunError> {
         loop {
-            let shutdown = Shutdown::new();
-            let begun = begin(&self.config, env, Notifier::silent(), &shutdown).await;
+            let (notifier, phases) = (Notifier::silent(), Phases::new(None));
+            let repeats = Repeats::new(Arc::clone(&env.clock));
+            let stage = Stage::new(&self.loaded, env.clone(), notifier, phases, repeats)?;
+            let begun = begin(&self.loaded.config, &stage).await;
             let lived = match begun {
                 Ok((running, unsettled)) => match unsettled.settling.settle().await {
                     Ok(()) => return Ok(running),

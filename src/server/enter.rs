@@ -49,6 +49,7 @@ use crate::pki::{Owner, Pki, Port, Role};
 use crate::proto::node::StoredMembership;
 use crate::raft::transport::Transport;
 use crate::raft::{Leaving, Member, inspect, reset};
+use crate::systemd::{Phase as Stage, Phases};
 use crate::wal::Wal;
 
 /// A node that may take part, and everything it holds.
@@ -97,12 +98,13 @@ pub(super) async fn enter(
     config: &Config,
     env: &Env,
     metrics: &Metrics,
+    phases: &Phases,
     stopping: &watch::Receiver<bool>,
 ) -> Result<Entered, RunError> {
     let flags = Arc::new(CriticalFlags::of(config));
     let ports = Ports::bind(config).await?;
     let locked = Locked::take(env, &config.db_dir)?;
-    let identity = identify(config, env, &locked, &flags).await?;
+    let identity = identify(config, env, &locked, &flags, phases).await?;
     let path = locked.path.clone();
     let tuning = tuning(config.storage_medium, medium_of(&path), config.wal_linger);
     let dir = match locked.open(env, identity, &tuning).await {
@@ -132,6 +134,7 @@ pub(super) async fn enter(
     let doors = PeerDoors { nodes: pki.accept(Port::Peers)?, newcomers: pki.accept(Port::Join)? };
     let incoming = ports.peers.accept_peers(doors, metrics.connections.clone());
     let serving = ties.serve(env, &dir, &pki, &token, incoming, stopping);
+    phases.set(Stage::Meeting, "asking the other servers whether this one has forgotten anything");
     ties.greet(env, &dir, &member, &flags, contacts.clone()).await?;
 
     let mut contacts = contacts.map(|stored| hello::members(&stored)).unwrap_or_default();
@@ -219,6 +222,7 @@ async fn identify(
     env: &Env,
     locked: &Locked,
     flags: &CriticalFlags,
+    phases: &Phases,
 ) -> Result<Identity, RunError> {
     let path = &locked.path;
     if matches!(config.start, Start::Reset { .. }) {
@@ -239,7 +243,12 @@ async fn identify(
     }
     let identity = match (found, plan) {
         (Some(identity), _) => identity,
-        (None, Plan::Join(server)) => enrol_and_adopt(config, env, locked, flags, server).await?,
+        (None, Plan::Join(server)) => {
+            phases.set(Stage::Joining, format!("asking {server} to be let in"));
+            let identity = enrol_and_adopt(config, env, locked, flags, server).await?;
+            phases.set(Stage::Opening, "opening its log and state");
+            identity
+        }
         (None, Plan::Found | Plan::Continue { .. } | Plan::Reset { .. }) => {
             check_founding_token(config, env).await?;
             let identity = Identity::random(env);
@@ -297,7 +306,7 @@ async fn establish_token(
     let kept = token::load(env, &dir.path)?;
     let configured = match (&config.token, &kept) {
         // Not waited for: with a token of its own a node needs no file.
-        (None, _) | (Some(TokenSource::File(_)), Some(_)) => None,
+        (None, _) | (Some(TokenSource::File(_) | TokenSource::Credential(_)), Some(_)) => None,
         (Some(source), _) => Some(token::obtain(env, source).await?),
     };
     let authority = AuthorityHash::of(pki.authority_pem().as_bytes());

@@ -42,7 +42,7 @@ impl LeasesOfLeader {
         let left = deadline.saturating_duration_since(self.node.env().clock.now());
         let answer = self
             .transport
-            .call(&leader, Method::Lease, request.into(), left.min(ANSWER_TIMEOUT))
+            .call(leader, Method::Lease, request.into(), left.min(ANSWER_TIMEOUT))
             .await
             .map_err(|error| status_of(&error))?;
         match LeaseReply::decode(answer).ok().and_then(|answer| answer.reply) {

@@ -124,6 +124,16 @@ pub enum ListenError {
 }
 
 impl ListenError {
+    /// Where nobody can be heard now.
+    pub const fn address(&self) -> SocketAddr {
+        match self {
+            Self::PlainExposed { address, .. }
+            | Self::InUse { address, .. }
+            | Self::NoSuchAddress { address, .. }
+            | Self::Io { address, .. } => *address,
+        }
+    }
+
     /// What the operator can do.
     pub fn remedy(&self) -> String {
         match self {

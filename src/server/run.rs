@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::again::Again;
+use super::cockpit::Cockpit;
 use super::collect::NodeMetrics;
 use super::data_dir::{DataDir, DataDirError, Lock};
 use super::dispatch::Taking;
@@ -23,7 +24,7 @@ use super::membership::NodeMembership;
 use super::patience::Patience;
 use super::scrub::{self, ScrubMetrics, Scrubber};
 use super::settle::Settling;
-use super::{address, backup, supervise};
+use super::{address, backup, desk, figures, neighbour, supervise};
 use crate::announce;
 use crate::config::{Config, Loaded, Quota, Severity};
 use crate::critical::FlagsError;
@@ -35,16 +36,24 @@ use crate::join::reset::ResetRefused;
 use crate::join::token::{EstablishError, FoundingToken, ObtainError};
 use crate::join::{AdoptError, IdentityError, JoinError, Phase, PlanError, flags};
 use crate::limits;
-use crate::metrics::{Metrics, Versions};
+use crate::metrics::{Metrics, Versions, process};
 use crate::mvcc::StoreError;
 use crate::observe::grpc;
 use crate::observe::http::{self, Version};
-use crate::observe::logging::{self, Logging, LoggingError};
+use crate::observe::logging::{self, Logging, LoggingError, Logs, Output};
+use crate::observe::repeat::Repeats;
 use crate::pki::{Names, NamesError, PkiError};
 use crate::raft::reset::ResetError;
 use crate::raft::{self, Node, Parts, StartError, StopError};
-use crate::systemd::{Latch, Notifier, Pulse, Readiness, Shutdown, StopReason, Watchdog};
+use crate::systemd::{
+    Latch, Notifier, Phase as ServerPhase, Phases, Pulse, Readiness, Shutdown, StopReason,
+    Watchdog, extend_while_moving,
+};
 use crate::watch::{Hub, Limits as WatchLimits};
+
+/// What `k3s-server` exits with: `cli` decides it, and this is only told.
+const EXIT_FAILED: u8 = 1;
+const EXIT_CONFIGURATION: u8 = 78;
 
 /// How long calls under way may take when the server stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -74,6 +83,15 @@ pub enum RunError {
     /// An address cannot be listened on.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// Upstream k3s has the port, for an etcd of its own.
+    #[error("{source}; {unit} keeps its own etcd there")]
+    Upstream {
+        /// Its unit, and what it does.
+        unit: String,
+        /// What was tried.
+        #[source]
+        source: ListenError,
+    },
     /// The services could not be put together.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -163,6 +181,7 @@ impl RunError {
             Self::DataDir(error) => Some(error.remedy()),
             Self::Pki(error) => Some(error.remedy().to_owned()),
             Self::Listen(error) => Some(error.remedy()),
+            Self::Upstream { .. } => EventId::UpstreamConflict.remedy().map(str::to_owned),
             Self::Join(error) => Some(error.remedy().to_owned()),
             Self::Token(error) => Some(error.remedy()),
             Self::FoundingToken(error) => Some(error.remedy().to_owned()),
@@ -224,6 +243,7 @@ impl RunError {
             | Self::ResetRefused(ResetRefused::Done { .. })
             | Self::Names(_)
             | Self::Logging(_)
+            | Self::Upstream { .. }
             | Self::DataDir(DataDirError::NotADirectory { .. })
             | Self::Listen(ListenError::PlainExposed { .. })
             | Self::Start(StartError::Timing(_)) => true,
@@ -251,13 +271,65 @@ impl RunError {
     }
 }
 
+/// How a server ended that did not end well.
+#[derive(Debug)]
+pub struct Ended {
+    /// Why.
+    pub error: RunError,
+    /// The journal has it already, with its number and the remedy: no need to print it once more.
+    pub told: bool,
+}
+
 /// Runs a server until it is told to stop or cannot go on.
-pub fn run(loaded: &Loaded) -> Result<(), RunError> {
+pub fn run(loaded: &Loaded) -> Result<(), Ended> {
     let config = &loaded.config;
     let filter = std::env::var("K3S_SERVER_LOG").ok();
     // Dropped last: what is still queued for the journal is written then.
-    let _logs = logging::init(&Logging { debug: config.debug, filter })?;
+    let logs = logging::init(&Logging { debug: config.debug, filter })
+        .map_err(|error| Ended { error: error.into(), told: false })?;
     announce_warnings(&loaded.problems);
+    let ended = run_to_the_end(loaded, &logs);
+    ended.map_err(|error| Ended { told: logs.output == Output::Journal && tell(&error), error })
+}
+
+/// Says in the journal that the configuration cannot be used; `false` where nobody reads that, so that it has to be printed.
+pub fn refuse(problems: &str) -> bool {
+    let Ok(logs) = logging::init(&Logging::default()) else { return false };
+    let is_journal = logs.output == Output::Journal;
+    if is_journal {
+        announce!(EventId::ConfigurationError, "the configuration cannot be used\n{problems}");
+    }
+    is_journal
+}
+
+/// Says it with its number.
+fn tell(error: &RunError) -> bool {
+    match error {
+        RunError::Listen(listen) => {
+            let address = listen.address().to_string();
+            announce!(
+                EventId::ListenFailed,
+                { fields::ADDRESS } = address,
+                { fields::REASON } = %listen,
+                "{listen}\n  fix: {}",
+                listen.remedy()
+            );
+        }
+        RunError::Upstream { .. } => announce!(EventId::UpstreamConflict, "{error}"),
+        // Told where it happened, in detail; the table is for `systemctl status` as well.
+        error if error.is_configuration() => {
+            let fix = error.remedy().map_or_else(String::new, |fix| format!("\n  fix: {fix}"));
+            announce!(EventId::ConfigurationError, "{error}{fix}");
+        }
+        error => {
+            let fix = error.remedy().map_or_else(String::new, |fix| format!("\n  fix: {fix}"));
+            announce!(EventId::Failed, { fields::REASON } = %error, "{error}{fix}");
+        }
+    }
+    true
+}
+
+fn run_to_the_end(loaded: &Loaded, logs: &Logs) -> Result<(), RunError> {
     // Two to four slow cores: more threads would only take turns. Blocking work has its own.
     let workers = std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4));
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -266,7 +338,17 @@ pub fn run(loaded: &Loaded) -> Result<(), RunError> {
         .thread_name("k3s-server")
         .enable_all()
         .build()?;
-    runtime.block_on(serve(config, host::env()))
+    runtime.block_on(serve(loaded, host::env(), logs.repeats.clone()))
+}
+
+/// What every life of a server shares.
+struct Stage {
+    env: Env,
+    notifier: Notifier,
+    shutdown: Shutdown,
+    phases: Phases,
+    cockpit: Arc<Cockpit>,
+    repeats: Repeats,
 }
 
 /// A server that runs, and what is needed to stop it.
@@ -281,65 +363,104 @@ struct Running {
     _lock: Lock,
 }
 
-async fn serve(config: &Config, env: Env) -> Result<(), RunError> {
-    let shutdown = Shutdown::new();
-    let signals = shutdown.on_signals()?;
-    let notifier = Notifier::from_environment();
+impl Stage {
+    fn new(
+        loaded: &Loaded,
+        env: Env,
+        notifier: Notifier,
+        phases: Phases,
+        repeats: Repeats,
+    ) -> Result<Self, RunError> {
+        let cockpit = Arc::new(Cockpit::new(loaded, &env, &phases)?);
+        Ok(Self { env, notifier, shutdown: Shutdown::new(), phases, cockpit, repeats })
+    }
+}
+
+async fn serve(loaded: &Loaded, env: Env, repeats: Repeats) -> Result<(), RunError> {
+    let config = &loaded.config;
+    let (notifier, phases) = (Notifier::from_environment(), Phases::from_environment());
+    let stage = Stage::new(loaded, env, notifier, phases, repeats)?;
+    let signals = stage.shutdown.on_signals()?;
     announce!(
         EventId::Starting,
         { fields::NODE } = config.node_name.as_str(),
+        { fields::VERSION } = env!("CARGO_PKG_VERSION"),
         "k3s-server {} starting, datastore in {}",
         env!("CARGO_PKG_VERSION"),
         config.db_dir.display()
     );
-    let mut lives = Lives {
-        config: config.clone(),
-        env,
-        rejoins: Again::rejoining(),
-        moves: Again::moving(),
-        closing_until: None,
-    };
-    let ended = loop {
-        let lived = live(&lives, notifier, &shutdown).await;
-        let next = tokio::select! {
-            biased;
-            // How a life ended comes first: whoever fails has asked everybody else to stop.
-            next = lives.next(lived) => next,
-            _reason = shutdown.begun() => Some(Ok(())),
-        };
-        if let Some(ended) = next {
-            break ended;
+    stage.phases.set(ServerPhase::Opening, "opening its log and state");
+    let desk = tokio::spawn(desk::run(Arc::clone(&stage.cockpit), stage.env.clone()));
+    let ended = Lives::new(config, &stage).run().await;
+    match &ended {
+        Ok(()) => stage.phases.set(ServerPhase::Stopping, "stopped"),
+        Err(error) => {
+            let exit = if error.is_configuration() { EXIT_CONFIGURATION } else { EXIT_FAILED };
+            stage.phases.failed(exit, error.to_string());
         }
-    };
+    }
+    desk.abort();
     signals.abort();
     ended
 }
 
-/// What lasts longer than one life of a node.
-struct Lives {
+/// One life after the other, and what lasts longer than one.
+struct Lives<'a> {
+    stage: &'a Stage,
     /// As it was read, and where this host is now.
     config: Config,
-    env: Env,
     rejoins: Again,
     moves: Again,
     /// Ports of the life before may still be taken for so long.
     closing_until: Option<Instant>,
 }
 
-impl Lives {
+impl<'a> Lives<'a> {
+    fn new(config: &Config, stage: &'a Stage) -> Self {
+        Self {
+            stage,
+            config: config.clone(),
+            rejoins: Again::rejoining(),
+            moves: Again::moving(),
+            closing_until: None,
+        }
+    }
+
+    async fn run(mut self) -> Result<(), RunError> {
+        let stage = self.stage;
+        loop {
+            let lived = live(&self).await;
+            let next = tokio::select! {
+                biased;
+                // How a life ended comes first: whoever fails has asked everybody else to stop.
+                next = self.next(lived) => next,
+                _reason = stage.shutdown.begun() => Some(Ok(())),
+            };
+            if let Some(ended) = next {
+                return ended;
+            }
+        }
+    }
+
     /// Ends one life when this host has another address.
     fn follow_address(
         &self,
         stopping: watch::Receiver<bool>,
     ) -> impl Future<Output = Result<(), RunError>> + Send + 'static {
-        let clock = Arc::clone(&self.env.clock);
+        let clock = Arc::clone(&self.stage.env.clock);
         let pause = self.moves.pause(clock.now());
         address::follow(self.config.clone(), clock, pause, stopping)
     }
 
+    /// This host is at another address now.
+    fn move_to(&mut self, address: IpAddr) -> Result<(), RunError> {
+        self.config = self.config.at_address(address);
+        self.stage.cockpit.moved(&self.config)
+    }
+
     /// After one life: how the process ends, or nothing if another life begins.
     async fn next(&mut self, lived: Result<(), RunError>) -> Option<Result<(), RunError>> {
-        let clock = Arc::clone(&self.env.clock);
+        let clock = Arc::clone(&self.stage.env.clock);
         let closing = self.closing_until.is_some_and(|until| clock.now() < until);
         match lived {
             // A node that has to become another one begins anew, in the same process.
@@ -352,22 +473,25 @@ impl Lives {
                 self.rejoins.count(clock.now());
             }
             Err(RunError::Moved(to)) => {
-                self.config = self.config.at_address(to);
+                if let Err(error) = self.move_to(to) {
+                    return Some(Err(error));
+                }
                 self.moves.count(clock.now());
             }
             Err(RunError::Listen(ListenError::InUse { .. })) if closing => {
                 clock.sleep(CLOSING_POLL).await;
                 return None;
             }
+            Err(RunError::Listen(error @ ListenError::InUse { .. })) => {
+                return Some(Err(neighbour::explain(error).await));
+            }
             // An address that was found, and has gone again before it was taken.
             Err(RunError::Listen(ListenError::NoSuchAddress { .. }))
                 if closing && address::is_found(&self.config) =>
             {
                 clock.sleep(CLOSING_POLL).await;
-                if let Some(to) = address::of_default_route() {
-                    self.config = self.config.at_address(to);
-                }
-                return None;
+                let moved = address::of_default_route().map_or(Ok(()), |to| self.move_to(to));
+                return moved.err().map(Err);
             }
             Err(RunError::HasReset(guidance)) => {
                 tracing::info!("{guidance}");
@@ -380,31 +504,47 @@ impl Lives {
     }
 }
 
+/// Bytes that this process has handed to the card: what grows while a start or a stop gets somewhere.
+fn bytes_written() -> Option<u64> {
+    process::read().written_bytes
+}
+
 /// One life of a node: from taking the ports to the end.
-async fn live(lives: &Lives, notifier: Notifier, shutdown: &Shutdown) -> Result<(), RunError> {
-    let starting = start(lives, notifier, shutdown);
+async fn live(lives: &Lives<'_>) -> Result<(), RunError> {
+    let stage = lives.stage;
     let mut running = tokio::select! {
-        started = starting => started?,
+        started = start(lives) => started?,
         // A node that waits for others, perhaps for hours, can be told to stop.
-        reason = shutdown.begun() => {
-            announce!(EventId::Stopping, "stopping before this node took part: {reason}");
+        reason = stage.shutdown.begun() => {
+            announce!(
+                EventId::Stopping,
+                { fields::REASON } = %reason,
+                "stopping before this node took part: {reason}"
+            );
             return Ok(());
+        }
+        () = extend_while_moving(stage.notifier, &*stage.env.clock, bytes_written) => {
+            unreachable!("asks for time until it is dropped")
         }
     };
     let (reason, error) = wait(&mut running).await;
     if !error.as_ref().is_some_and(RunError::starts_over) {
-        notifier.stopping();
-        announce!(EventId::Stopping, "stopping: {reason}");
+        stage.notifier.stopping();
+        stage.phases.set(ServerPhase::Stopping, reason.to_string());
+        announce!(EventId::Stopping, { fields::REASON } = %reason, "stopping: {reason}");
     }
-    let stopped = stop(running).await;
+    stage.cockpit.show(None);
+    let stopped = tokio::select! {
+        stopped = stop(running) => stopped,
+        () = extend_while_moving(stage.notifier, &*stage.env.clock, bytes_written) => {
+            unreachable!("asks for time until it is dropped")
+        }
+    };
     if let Some(error) = error {
         return Err(error);
     }
     match reason {
-        StopReason::Failed(what) => {
-            announce!(EventId::Failed, "stopped because a part failed: {what}");
-            Err(RunError::Failed(what))
-        }
+        StopReason::Failed(what) => Err(RunError::Failed(what)),
         StopReason::Signal(_) | StopReason::Requested(_) => {
             stopped?;
             announce!(EventId::Stopped, "stopped; everything is on the card");
@@ -413,12 +553,8 @@ async fn live(lives: &Lives, notifier: Notifier, shutdown: &Shutdown) -> Result<
     }
 }
 
-async fn start(
-    lives: &Lives,
-    notifier: Notifier,
-    shutdown: &Shutdown,
-) -> Result<Running, RunError> {
-    let (mut running, unsettled) = begin(&lives.config, &lives.env, notifier, shutdown).await?;
+async fn start(lives: &Lives<'_>) -> Result<Running, RunError> {
+    let (mut running, unsettled) = begin(&lives.config, lives.stage).await?;
     let stopping = unsettled.stopping.clone();
     running.serving.spawn(lives.follow_address(stopping));
     running.serving.spawn(unsettled.settling.run(unsettled.settled, unsettled.stopping));
@@ -432,28 +568,26 @@ struct Unsettled {
     stopping: watch::Receiver<bool>,
 }
 
-async fn begin(
-    config: &Config,
-    env: &Env,
-    notifier: Notifier,
-    shutdown: &Shutdown,
-) -> Result<(Running, Unsettled), RunError> {
+async fn begin(config: &Config, stage: &Stage) -> Result<(Running, Unsettled), RunError> {
+    let Stage { env, notifier, shutdown, phases, cockpit, .. } = stage;
     let (readiness, [settled, serving_latch]) =
-        Readiness::new(notifier, ["membership", "client and health ports"]);
+        Readiness::new(*notifier, ["membership", "client and health ports"]);
     let mut metrics = Metrics::new(versions().0, env.clock.wall());
     let (stop_serving, stopping) = watch::channel(false);
-    let entered = enter(config, env, &metrics, &stopping).await?;
+    let entered = enter(config, env, &metrics, phases, &stopping).await?;
     let Entered { dir, pki, peers, transport, dispatch, flags, .. } = &entered;
     enter::announce_client_files(pki);
     metrics.collect(peers.clone());
     let live = Live::start(config, env, &entered).await?;
+    cockpit.show(Some(live.node.clone()));
+    phases.set(ServerPhase::Settling, "taking part, not up to date yet");
     let settings = settings(config);
     let scrubbing = Arc::new(scrub::Progress::default());
     metrics.collect(ScrubMetrics(Arc::clone(&scrubbing)));
     let api = Api::new(live.parts(env, settings, &entered));
     dispatch.takes_part(Taking { node: live.node.clone(), api: api.clone() });
 
-    let settling = settling(env, &live.node, &entered, notifier);
+    let settling = settling(env, &live.node, &entered, *notifier);
     let unsettled = Unsettled { settling, settled, stopping: stopping.clone() };
     let finder = Finder {
         cluster: dir.identity.cluster,
@@ -473,23 +607,18 @@ async fn begin(
     serving.spawn(heal::run(healer, stopping.clone()));
 
     let Live { node, hub, leases } = live;
+    let ready =
+        supervise::announce_ready(readiness, *notifier, phases.clone(), node.clone(), addresses);
     let mut background = vec![
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
-        tokio::spawn(supervise::report_status(node.clone(), notifier)),
-        tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
-        tokio::spawn(supervise::keep_space_alarm(node.clone(), dir.space.space())),
-        tokio::spawn(supervise::keep_certificates(pki, names(config)?)),
+        tokio::spawn(supervise::keep_certificates(pki, cockpit.names.subscribe())),
         tokio::spawn(scrub::run(scrubber(env, &dir, scrubbing, patience, damaged))),
-        tokio::spawn(supervise::announce_ready(readiness, notifier, node.clone(), addresses)),
+        tokio::spawn(ready),
         tokio::spawn(supervise::find_lost(node.clone(), peers.clone(), finder)),
         tokio::spawn(supervise::forget_removed(node.clone(), peers)),
         tokio::spawn(flags::follow(node.clone(), own_flags, dir.path.clone())),
     ];
-    if let Some(watchdog) = Watchdog::from_environment() {
-        let pulse = Pulse::new(Arc::clone(&env.clock));
-        background.push(tokio::spawn(supervise::pulse(node.clone(), pulse.clone())));
-        background.push(tokio::spawn(watchdog.feed(notifier, pulse, shutdown.clone())));
-    }
+    background.extend(watch_over(&node, stage, &dir));
     let store = dir.store;
     // Ends with the store; what it does is seen in the store and in the alarm.
     drop(dir.space.spawn_thread(store.clone())?);
@@ -532,6 +661,25 @@ fn scrubber(
     let (env, store, wal, path) =
         (env.clone(), dir.store.clone(), dir.wal.clone(), dir.path.clone());
     Scrubber { env, store, wal, path, progress, patience, damaged }
+}
+
+/// The tasks that look at a running node, and tell systemd and the journal.
+fn watch_over(node: &Node, stage: &Stage, dir: &DataDir) -> Vec<JoinHandle<()>> {
+    let Stage { env, notifier, shutdown, repeats, .. } = stage;
+    let mut tasks = vec![
+        tokio::spawn(figures::report_status(node.clone(), *notifier)),
+        tokio::spawn(figures::report_alarms(node.clone())),
+        tokio::spawn(figures::keep_count(env.clone(), repeats.clone())),
+        tokio::spawn(supervise::watch_failures(node.clone(), shutdown.clone())),
+        tokio::spawn(supervise::keep_space_alarm(node.clone(), dir.space.space())),
+        tokio::spawn(supervise::hang_on_signal(node.clone())),
+    ];
+    if let Some(watchdog) = Watchdog::from_environment() {
+        let pulse = Pulse::new(Arc::clone(&env.clock));
+        tasks.push(tokio::spawn(supervise::pulse(node.clone(), pulse.clone())));
+        tasks.push(tokio::spawn(watchdog.feed(*notifier, pulse, shutdown.clone())));
+    }
+    tasks
 }
 
 fn settling(env: &Env, node: &Node, entered: &Entered, notifier: Notifier) -> Settling {
@@ -741,7 +889,11 @@ async fn start_node(
 /// Says what was wrong with the configuration without being an error.
 fn announce_warnings(problems: &crate::config::Problems) {
     for problem in problems.iter().filter(|problem| problem.severity == Severity::Warning) {
-        announce!(EventId::ConfigurationWarning, "{problem}");
+        announce!(
+            EventId::ConfigurationWarning,
+            { fields::PATH } = %problem.origin,
+            "{problem}"
+        );
     }
 }
 

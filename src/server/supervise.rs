@@ -1,12 +1,14 @@
 //! The small tasks around a running node: what it says to systemd and the journal, and what stops it.
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::future::pending;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use super::data_dir::DataDir;
@@ -18,16 +20,16 @@ use crate::etcd::Defragment;
 use crate::events::{EventId, fields};
 use crate::join::hello::{Finder, HelloBook};
 use crate::limits;
-use crate::mvcc::Fault;
 use crate::mvcc::ballast::Space;
+use crate::mvcc::{Failure, Fault};
 use crate::peers::Peers;
 use crate::peers::address::Location;
 use crate::pki::{Issued, Names, Pki};
 use crate::proto::etcdserverpb::alarm_request::AlarmAction;
 use crate::proto::etcdserverpb::{AlarmRequest, AlarmType};
 use crate::raft::transport::{Method, Transport};
-use crate::raft::{self, Leaving, Node, Role, Status};
-use crate::systemd::{Notifier, Pulse, Readiness, Shutdown, StopReason};
+use crate::raft::{self, Leaving, Node, Role};
+use crate::systemd::{Notifier, Phase, Phases, Pulse, Readiness, Shutdown, StopReason};
 use crate::types::NodeId;
 
 /// How often the log is looked at and the pulse is taken.
@@ -52,12 +54,17 @@ pub(super) fn announce_opened(dir: &DataDir) {
         announce!(
             EventId::DatastoreCreated,
             { fields::CLUSTER } = %cluster,
+            { fields::NODE } = %node,
+            { fields::PATH } = %dir.path.display(),
             "new datastore for cluster {cluster}, this is node {node}"
         );
     } else {
         announce!(
             EventId::DatastoreFound,
             { fields::CLUSTER } = %cluster,
+            { fields::NODE } = %node,
+            { fields::PATH } = %dir.path.display(),
+            { fields::INDEX } = dir.wal.hard_state().last.map_or(0, |last| last.index.get()),
             "found the datastore of cluster {cluster}, this is node {node}"
         );
     }
@@ -159,7 +166,7 @@ pub(super) async fn find_lost(node: Node, peers: Peers, finder: Finder) {
     loop {
         node.env().clock.sleep(FIND_INTERVAL).await;
         let status = node.status();
-        let others = status.members.into_iter().filter(|member| member.id != status.node);
+        let others = status.members.iter().filter(|member| member.id != status.node);
         let (lost, there): (Vec<_>, Vec<_>) = others.partition(|member| peers.is_lost(member.id));
         if lost.is_empty() {
             continue;
@@ -177,15 +184,23 @@ pub(super) async fn find_lost(node: Node, peers: Peers, finder: Finder) {
 
 /// Tells of a certificate.
 pub(super) fn announce_issued(issued: &Issued) {
-    announce!(EventId::CertificateRenewed, "issued {}: {}", issued.path.display(), issued.reason);
+    announce!(
+        EventId::CertificateRenewed,
+        { fields::ROLE } = %issued.role,
+        { fields::REASON } = %issued.reason,
+        "issued {}: {}",
+        issued.path.display(),
+        issued.reason
+    );
 }
 
-/// Renews certificates before they end.
-pub(super) async fn keep_certificates(pki: Pki, names: Names) {
-    let (_sender, names) = watch::channel(names);
+/// Renews certificates before they end, and when `names` is told anew.
+pub(super) async fn keep_certificates(pki: Pki, names: watch::Receiver<Names>) {
     pki.keep_fresh(names, |renewed| match renewed {
         Ok(issued) => announce_issued(&issued),
-        Err(error) => announce!(EventId::CertificateProblem, "{error}"),
+        Err(error) => {
+            announce!(EventId::CertificateProblem, { fields::REASON } = %error, "{error}");
+        }
     })
     .await;
 }
@@ -194,6 +209,7 @@ pub(super) async fn keep_certificates(pki: Pki, names: Names) {
 pub(super) async fn announce_ready(
     readiness: Readiness,
     notifier: Notifier,
+    phases: Phases,
     node: Node,
     addresses: String,
 ) {
@@ -203,57 +219,8 @@ pub(super) async fn announce_ready(
         return;
     }
     notifier.ready();
+    phases.set(Phase::Ready, format!("serving etcd clients on {addresses}"));
     announce!(EventId::Ready, "ready, serving etcd clients on {addresses}");
-}
-
-/// `systemctl status`: who this node is at the moment.
-fn sentence(status: &Status) -> String {
-    let voters = status.members.iter().filter(|member| !member.learner).count();
-    let role = match status.role {
-        Role::Leader => "leader",
-        Role::Follower => "follower",
-        Role::Candidate => "looking for a leader",
-        Role::Learner => "learner",
-    };
-    let servers = if voters == 1 { "server" } else { "servers" };
-    format!("{role} of {voters} {servers}, term {}", status.term)
-}
-
-/// Keeps STATUS= and the journal up with leadership.
-pub(super) async fn report_status(node: Node, notifier: Notifier) {
-    let mut status = node.watch_status();
-    let mut said: Option<Status> = None;
-    loop {
-        let now = status.borrow_and_update().clone();
-        let before = said.as_ref();
-        if before.is_none_or(|before| sentence(before) != sentence(&now)) {
-            notifier.status(&sentence(&now));
-        }
-        if before.map(|before| before.leader) != Some(now.leader) {
-            announce_leader(&now, before.is_some());
-        }
-        said = Some(now);
-        if status.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
-fn announce_leader(status: &Status, had_one: bool) {
-    match status.leader {
-        Some(leader) => {
-            let name = status.members.iter().find(|member| member.id == leader);
-            let name = name.map_or_else(|| leader.to_string(), |member| member.name.clone());
-            announce!(
-                EventId::LeaderChanged,
-                { fields::TERM } = status.term.get(),
-                "leader is {name}, term {}",
-                status.term
-            );
-        }
-        None if had_one => announce!(EventId::LeaderLost, "no leader; writes wait"),
-        None => {}
-    }
 }
 
 /// Ends the process when the node cannot go on.
@@ -268,7 +235,7 @@ pub(super) async fn watch_failures(node: Node, shutdown: Shutdown) {
                 let reason = failed.ok().and_then(|reason| reason.clone());
                 let reason = match node.wal().failed() {
                     Some(failed) => {
-                        announce!(EventId::BarrierFailed, "{failed}");
+                        announce_barrier(&node, &failed);
                         failed.to_string()
                     }
                     None => reason.unwrap_or_else(|| "raft stopped".to_owned()),
@@ -277,11 +244,7 @@ pub(super) async fn watch_failures(node: Node, shutdown: Shutdown) {
                 return;
             }
             failure = &mut store => {
-                match failure.fault() {
-                    Fault::Full => announce!(EventId::DiskFull, "{failure}"),
-                    Fault::Damaged => announce!(EventId::StateDamaged, "{failure}"),
-                    Fault::Card => announce!(EventId::BarrierFailed, "{failure}"),
-                }
+                announce_failure(&node, &failure);
                 shutdown.begin(StopReason::Failed(failure.to_string()));
                 return;
             }
@@ -290,17 +253,46 @@ pub(super) async fn watch_failures(node: Node, shutdown: Shutdown) {
                 if limits::CARD_HUNG_EXIT <= stalled {
                     let seconds = stalled.as_secs();
                     let reason = format!("the card has not answered a write barrier for {seconds} s");
-                    announce!(EventId::BarrierFailed, "{reason}");
+                    announce_barrier(&node, &reason);
                     shutdown.begin(StopReason::Failed(reason));
                     return;
                 }
                 if SLOW_BARRIER <= stalled && !slow {
                     let seconds = stalled.as_secs();
-                    announce!(EventId::SlowBarrier, "a write barrier has been waiting for {seconds} s");
+                    let millis = u64::try_from(stalled.as_millis()).unwrap_or(u64::MAX);
+                    announce!(EventId::SlowBarrier, { fields::MILLIS } = millis, "a write barrier has been waiting for {seconds} s");
                 }
                 slow = SLOW_BARRIER <= stalled;
             }
         }
+    }
+}
+
+fn announce_barrier(node: &Node, reason: &impl Display) {
+    announce!(
+        EventId::BarrierFailed,
+        { fields::PATH } = %node.wal().dir().display(),
+        { fields::REASON } = %reason,
+        "{reason}"
+    );
+}
+
+fn announce_failure(node: &Node, failure: &Failure) {
+    let path = node.store().path().display();
+    match failure.fault() {
+        Fault::Full => announce!(EventId::DiskFull, { fields::PATH } = %path, "{failure}"),
+        Fault::Damaged => announce!(
+            EventId::StateDamaged,
+            { fields::PATH } = %path,
+            { fields::REASON } = %failure,
+            "{failure}"
+        ),
+        Fault::Card => announce!(
+            EventId::BarrierFailed,
+            { fields::PATH } = %path,
+            { fields::REASON } = %failure,
+            "{failure}"
+        ),
     }
 }
 
@@ -315,10 +307,11 @@ pub(super) async fn keep_space_alarm(node: Node, mut space: watch::Receiver<Spac
             if raised {
                 announce!(
                     EventId::DiskFull,
+                    { fields::PATH } = %node.store().path().display(),
                     "the card is nearly full; writes are refused until there is room"
                 );
             } else {
-                announce!(EventId::AlarmCleared, "there is room on the card again");
+                tracing::info!("there is room on the card again");
             }
         }
         if space.changed().await.is_err() {
@@ -351,6 +344,20 @@ pub(super) async fn pulse(node: Node, pulse: Pulse) {
         }
         node.env().clock.sleep(TICK).await;
     }
+}
+
+/// Set by the test of the watchdog: then SIGUSR2 hangs Raft's loop.
+const TEST_HANG: &str = "K3S_SERVER_TEST_HANG";
+
+/// Lets a test see what the watchdog does when Raft hangs. Does nothing unless the environment asks for it.
+pub(super) async fn hang_on_signal(node: Node) {
+    if std::env::var_os(TEST_HANG).is_none_or(|value| value != "raft") {
+        return;
+    }
+    let Ok(mut asked) = signal(SignalKind::user_defined2()) else { return };
+    asked.recv().await;
+    tracing::warn!("hanging the Raft loop, because {TEST_HANG} and SIGUSR2 ask for it");
+    node.hang().await;
 }
 
 /// `etcdctl defrag`.

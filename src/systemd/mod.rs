@@ -6,7 +6,8 @@
 //!
 //! [`Notifier`] sends the messages. [`Readiness`] says READY=1 once, when every part has reported in.
 //! [`Watchdog`] feeds systemd's watchdog for as long as the loop that matters has a [`Pulse`]. [`Shutdown`]
-//! is the one path on which the process ends, whoever starts it.
+//! is the one path on which the process ends, whoever starts it. [`Phases`] leaves behind how far the server has come, and
+//! [`health`] decides with that whether a new release may stay. [`extend_while_moving`] asks for more time.
 //!
 //! # Invariants
 //!
@@ -14,12 +15,18 @@
 //! - The watchdog is fed on behalf of another loop, never for the sake of its own timer.
 //! - The first reason to stop is the one reported; later ones change nothing.
 
+pub mod health;
+pub mod phase;
+
 mod notify;
+mod progress;
 mod ready;
 mod shutdown;
 mod watchdog;
 
 pub use notify::Notifier;
+pub use phase::{Phase, Phases};
+pub use progress::extend_while_moving;
 pub use ready::{Latch, Readiness};
 pub use shutdown::{Shutdown, StopReason};
 pub use watchdog::{Pulse, Watchdog};

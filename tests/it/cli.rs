@@ -40,6 +40,10 @@ impl Programs for Recorder {
         self.answer.map_or(Ok(()), |failure| Err(failure()))
     }
 
+    fn refused(&self, _problems: &str) -> bool {
+        false
+    }
+
     fn check(&self, config: &Config, _server_named: bool) -> Verdict {
         self.verdict.unwrap_or(|config| Verdict {
             plan: start_plan(None, config),
@@ -56,6 +60,17 @@ impl Programs for Recorder {
     ) -> Result<(), Failure> {
         self.asked.borrow_mut().push((connection.clone(), action.clone(), format));
         Ok(writeln!(out, "asked")?)
+    }
+
+    fn status(
+        &self,
+        _config: &Config,
+        _connection: &Connection,
+        format: admin::Format,
+        again: Option<Duration>,
+        out: &mut dyn Write,
+    ) -> Result<(), Failure> {
+        Ok(writeln!(out, "status {format:?} {again:?}")?)
     }
 
     fn wal_verify(&self, arguments: &WalArguments, out: &mut dyn Write) -> Result<(), Failure> {
@@ -102,7 +117,7 @@ impl Place {
                 .map(OsString::from)
                 .collect(),
             variables: self.variables.clone(),
-            host: Host { name: Some("pi-1".to_owned()), address: None },
+            host: Host { name: Some("pi-1".to_owned()), address: None, token_credential: None },
             paths: Paths {
                 default_file: self.directory.path().join("config.yaml"),
                 upstream_file: self.directory.path().join("upstream.yaml"),
@@ -137,6 +152,8 @@ fn help_texts_are_as_printed() {
         (&["member", "--help"], "help-member.txt"),
         (&["member", "remove", "--help"], "help-member-remove.txt"),
         (&["token", "--help"], "help-token.txt"),
+        (&["status", "--help"], "help-status.txt"),
+        (&["health", "--help"], "help-health.txt"),
         (&["wal", "repair", "--help"], "help-wal-repair.txt"),
     ] {
         let outcome = place.run(line);

@@ -27,7 +27,7 @@ impl Place {
         let request = Request {
             command_line: Vec::new(),
             environment: BTreeMap::new(),
-            host: Host { name: Some("Pi-1".to_owned()), address: None },
+            host: Host { name: Some("Pi-1".to_owned()), address: None, token_credential: None },
             paths: Paths {
                 default_file: directory.path().join("config.yaml"),
                 upstream_file: directory.path().join("upstream.yaml"),

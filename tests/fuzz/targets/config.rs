@@ -86,7 +86,11 @@ pub fn run(input: &[u8]) {
     let request = Request {
         command_line: Vec::new(),
         environment: [].into(),
-        host: Host { name: Some("pi-1".to_owned()), address: Some([192, 168, 1, 11].into()) },
+        host: Host {
+            name: Some("pi-1".to_owned()),
+            address: Some([192, 168, 1, 11].into()),
+            token_credential: None,
+        },
         paths: Paths::default(),
     };
     let source = Source { name: "fuzz.yaml".to_owned(), bytes: input.to_vec(), mode: 0o600 };
