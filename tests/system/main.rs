@@ -20,6 +20,7 @@ mod lab;
 mod layout;
 mod story;
 
+mod bus;
 mod forming;
 mod mismatches;
 mod network;

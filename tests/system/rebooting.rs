@@ -35,10 +35,18 @@ fn rebooted_host_hands_leadership_over_first_and_is_back_by_itself() {
     let Some(mut lab) = cluster() else { return };
     let old = leader_of(&lab);
     let mut host = lab.hosts.remove(old);
+    let locks = host.run(&["systemd-inhibit", "--list", "--no-legend", "--no-pager"]);
+    assert!(
+        locks.lines().any(|line| line.contains("k3s-server") && line.contains("delay")),
+        "{locks}"
+    );
     let (written, ()) = while_writing(&lab.hosts[0], || host.reboot());
     written.assert_went_on();
     host.ready();
     assert_handed_over(&host, "-1", &[&lab.hosts[0], &lab.hosts[1]]);
+    // While logind still waited, so before systemd stopped anything.
+    let prepared = host.when("-1", "leads now, the state is on the card");
+    assert!(prepared < host.when("-1", "stopping: received SIGTERM"));
     assert_eq!(host.value("written"), written.acknowledged.to_string());
 }
 
