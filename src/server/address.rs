@@ -23,7 +23,8 @@ use std::time::{Duration, Instant};
 use nix::ifaddrs::getifaddrs;
 use tokio::sync::watch;
 
-use super::run::{RunError, stopped};
+use super::failed::RunError;
+use super::life::stopped;
 use crate::announce;
 use crate::config::Config;
 use crate::env::Clock;

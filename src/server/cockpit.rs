@@ -11,8 +11,9 @@ use tokio::sync::watch;
 
 use super::backup;
 use super::clock::ClockState;
+use super::failed::RunError;
+use super::life::names;
 use super::reload::{self, Reload};
-use super::run::{RunError, names};
 use crate::announce;
 use crate::bus::{MemberRow, Reading, Server};
 use crate::config::{Config, Loaded, Request};

@@ -20,10 +20,12 @@ use tokio::runtime::{Builder, Runtime};
 use super::*;
 use crate::apply;
 use crate::command::Command;
-use crate::config::{Host, Paths, Problems, Request, Source, resolve};
-use crate::env::{BoxFuture, Disk, DiskFile, Open};
+use crate::config::{Host, Loaded, Paths, Problems, Request, Source, resolve};
+use crate::env::{BoxFuture, Disk, DiskFile, Open, host};
 use crate::join::{AuthorityHash, Identity, token};
+use crate::observe::repeat::Repeats;
 use crate::proto::etcdserverpb as pb;
+use crate::systemd::Phases;
 use crate::testkit::disk::{Fate, Fault, Operation, random};
 use crate::testkit::{FaultDisk, Random, SeededEntropy};
 

@@ -17,8 +17,9 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
 use super::enter::Rejoin;
+use super::failed::RunError;
+use super::life::stopped;
 use super::patience::Patience;
-use super::run::{RunError, stopped};
 use super::{stamp, supervise};
 use crate::announce;
 use crate::env::{Env, Open};

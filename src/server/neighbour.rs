@@ -1,7 +1,7 @@
 //! Tells a port that upstream k3s holds with its embedded etcd from one that anybody else holds.
 
+use super::failed::RunError;
 use super::listen::ListenError;
-use super::run::RunError;
 use crate::bus;
 use crate::bus::units::{self, Datastore, UnitState};
 

@@ -4,7 +4,7 @@
 //! its certificates. Everything else waits for the next start, which checks it against the cluster; it is named, so that nobody
 //! believes it in force.
 
-use super::run::names;
+use super::life::names;
 use crate::config::keys::KEYS;
 use crate::config::{self, Config, Request};
 use crate::pki::Names;

@@ -12,7 +12,8 @@ use tokio::sync::watch;
 
 use super::admit::{self, Asked};
 use super::enter::Rejoin;
-use super::run::{RunError, stopped};
+use super::failed::RunError;
+use super::life::stopped;
 use super::stranded::stranded;
 use super::supervise;
 use crate::announce;

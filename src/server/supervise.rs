@@ -13,7 +13,8 @@ use tokio::sync::watch;
 
 use super::data_dir::DataDir;
 use super::enter::Rejoin;
-use super::run::{RunError, stopped};
+use super::failed::RunError;
+use super::life::stopped;
 use crate::announce;
 use crate::command::Command;
 use crate::etcd::Defragment;
