@@ -157,16 +157,15 @@ impl Host {
         self.shell(&format!("journalctl --sync; journalctl --no-pager -b -o cat -u {UNIT}"))
     }
 
-    /// When the unit last said something, in microseconds; of the boot before this one with `-1`.
-    pub fn when(&self, boot: &str, text: &str) -> u64 {
-        let lines =
-            self.shell(&format!("journalctl --sync; journalctl -b {boot} -o json -u {UNIT}"));
-        let mut entries =
-            lines.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let last = entries
-            .find(|entry| entry["MESSAGE"].as_str().is_some_and(|said| said.contains(text)))
-            .unwrap_or_else(|| panic!("{} never said {text:?}", self.name()));
-        last["__REALTIME_TIMESTAMP"].as_str().unwrap().parse().unwrap()
+    /// When the unit said something, in microseconds; in the boot before this one with `-1`.
+    pub fn when(&self, boot: &str, text: &str) -> Vec<u64> {
+        let line = format!("journalctl --sync; journalctl -b {boot} -o json -u {UNIT}");
+        let lines = self.shell(&line);
+        let entries = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let said =
+            |entry: &Value| entry["MESSAGE"].as_str().is_some_and(|said| said.contains(text));
+        let time = |entry: Value| entry["__REALTIME_TIMESTAMP"].as_str().unwrap().parse().unwrap();
+        entries.filter(said).map(time).collect()
     }
 
     /// Whether the unit is up, which means ready.
