@@ -103,10 +103,7 @@ fn member_command(matches: &ArgMatches) -> Command {
 
 fn status_command(matches: &ArgMatches) -> Command {
     let again = matches.get_one::<u64>("watch").map(|seconds| Duration::from_secs(*seconds));
-    match admin(matches, Action::MemberList) {
-        Command::Admin(given, target, _, format) => Command::Status(given, target, format, again),
-        other => other,
-    }
+    Command::Status(given(matches), target(matches), admin_format(matches), again)
 }
 
 fn word(matches: &ArgMatches, name: &str) -> String {
@@ -114,22 +111,28 @@ fn word(matches: &ArgMatches, name: &str) -> String {
 }
 
 fn admin(matches: &ArgMatches, action: Action) -> Command {
+    Command::Admin(given(matches), target(matches), action, admin_format(matches))
+}
+
+fn target(matches: &ArgMatches) -> Target {
     let path = |name: &str| matches.get_one::<PathBuf>(name).cloned();
     let endpoints = matches.get_many::<String>("endpoint").into_iter().flatten();
     let endpoints = endpoints.flat_map(|text| text.split(',')).filter(|text| !text.is_empty());
-    let target = Target {
+    Target {
         endpoints: endpoints.map(str::to_owned).collect(),
         authority: path("cacert"),
         certificate: path("cert"),
         key: path("key"),
-    };
+    }
+}
+
+fn admin_format(matches: &ArgMatches) -> admin::Format {
     let output = matches.try_get_one::<String>("output").ok().flatten();
-    let format = match output.map(String::as_str) {
+    match output.map(String::as_str) {
         Some("json") => admin::Format::Json,
         Some("yaml") => admin::Format::Yaml,
         _ => admin::Format::Table,
-    };
-    Command::Admin(given(matches), target, action, format)
+    }
 }
 
 /// Help and version are answers; everything else is wrong usage.

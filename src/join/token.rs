@@ -23,7 +23,7 @@ use super::file;
 use crate::announce;
 use crate::config::{Secret, TokenSource};
 use crate::env::Env;
-use crate::events::EventId;
+use crate::events::{EventId, fields};
 
 /// Name of the token's file in the data directory.
 pub const FILE: &str = "token";
@@ -403,6 +403,7 @@ fn read(env: &Env, path: &Path) -> Result<Option<Token>, ObtainError> {
     {
         announce!(
             EventId::SecretExposed,
+            { fields::PATH } = %path.display(),
             "{} holds the token and has mode {mode:04o}, expected 0600",
             path.display()
         );

@@ -601,6 +601,11 @@ impl Checkpointer {
         checkpoint.durable().await?;
         self.counters.checkpointed(start);
         self.mark.raise(applied);
+        announce!(
+            EventId::Checkpoint,
+            { fields::INDEX } = applied.index.get(),
+            "the state up to entry {applied} is on the card"
+        );
         self.purge().await;
         Ok(())
     }

@@ -43,6 +43,8 @@ use tokio_rustls::{LazyConfigAcceptor, StartHandshake};
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 
+use crate::announce;
+use crate::events::{EventId, fields};
 use crate::metrics::Connections;
 use crate::pki::{ALPN_JOIN, Caller, ChannelBinding, Identity};
 
@@ -375,7 +377,13 @@ impl Acceptor {
 
     fn refused(&self, remote: SocketAddr) {
         self.metrics.refused.inc();
-        tracing::debug!(%remote, purpose = self.purpose, "connection refused: too many are open");
+        // One text for all callers: what repeats is told with its number.
+        announce!(
+            EventId::ConnectionsRefused,
+            { fields::ADDRESS } = %remote,
+            "connections for {} are refused: too many are open",
+            self.purpose
+        );
     }
 
     async fn establish(

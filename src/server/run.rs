@@ -1,5 +1,6 @@
 //! The phases of a server's life, in order.
 
+use std::future::Future;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -26,9 +27,10 @@ use super::scrub::{self, ScrubMetrics, Scrubber};
 use super::settle::Settling;
 use super::{address, backup, desk, figures, neighbour, supervise};
 use crate::announce;
+use crate::client;
 use crate::config::{Config, Loaded, Quota, Severity};
 use crate::critical::FlagsError;
-use crate::env::{Env, host};
+use crate::env::{Clock, Env, host};
 use crate::etcd::{self, Api, Leases, ServeError, Settings};
 use crate::events::{EventId, fields};
 use crate::join::hello::Finder;
@@ -302,29 +304,26 @@ pub fn refuse(problems: &str) -> bool {
     is_journal
 }
 
-/// Says it with its number.
+/// Says it with its number, unless that was done where it happened.
 fn tell(error: &RunError) -> bool {
-    match error {
-        RunError::Listen(listen) => {
-            let address = listen.address().to_string();
-            announce!(
-                EventId::ListenFailed,
-                { fields::ADDRESS } = address,
-                { fields::REASON } = %listen,
-                "{listen}\n  fix: {}",
-                listen.remedy()
-            );
-        }
-        RunError::Upstream { .. } => announce!(EventId::UpstreamConflict, "{error}"),
-        // Told where it happened, in detail; the table is for `systemctl status` as well.
-        error if error.is_configuration() => {
-            let fix = error.remedy().map_or_else(String::new, |fix| format!("\n  fix: {fix}"));
-            announce!(EventId::ConfigurationError, "{error}{fix}");
-        }
-        error => {
-            let fix = error.remedy().map_or_else(String::new, |fix| format!("\n  fix: {fix}"));
-            announce!(EventId::Failed, { fields::REASON } = %error, "{error}{fix}");
-        }
+    let fix = || error.remedy().map_or_else(String::new, |fix| format!("\n  fix: {fix}"));
+    if let RunError::Listen(listen) = error {
+        announce!(
+            EventId::ListenFailed,
+            { fields::ADDRESS } = %listen.address(),
+            { fields::REASON } = %listen,
+            "{listen}{}",
+            fix()
+        );
+    } else if let RunError::Upstream { .. } = error {
+        announce!(EventId::UpstreamConflict, "{error}");
+    } else if let RunError::Flags(_) | RunError::CompareFlags(_) = error {
+        // Each flag was told by itself; the table with all of them is printed.
+        return false;
+    } else if error.is_configuration() {
+        announce!(EventId::ConfigurationError, "{error}{}", fix());
+    } else {
+        announce!(EventId::Failed, { fields::REASON } = %error, "{error}{}", fix());
     }
     true
 }
@@ -526,6 +525,9 @@ async fn live(lives: &Lives<'_>) -> Result<(), RunError> {
         () = extend_while_moving(stage.notifier, &*stage.env.clock, bytes_written) => {
             unreachable!("asks for time until it is dropped")
         }
+        () = feed_before_raft(stage.notifier, &*stage.env.clock) => {
+            unreachable!("feeds until it is dropped")
+        }
     };
     let (reason, error) = wait(&mut running).await;
     if !error.as_ref().is_some_and(RunError::starts_over) {
@@ -550,6 +552,16 @@ async fn live(lives: &Lives<'_>) -> Result<(), RunError> {
             announce!(EventId::Stopped, "stopped; everything is on the card");
             Ok(())
         }
+    }
+}
+
+/// A process that was ready once and starts over has no Raft to feed for, perhaps for hours while the others are away; systemd, which
+/// counts from the first READY=1, would kill it.
+async fn feed_before_raft(notifier: Notifier, clock: &dyn Clock) {
+    let Some(watchdog) = Watchdog::from_environment() else { return std::future::pending().await };
+    loop {
+        notifier.watchdog();
+        clock.sleep(watchdog.period()).await;
     }
 }
 
@@ -609,6 +621,7 @@ async fn begin(config: &Config, stage: &Stage) -> Result<(Running, Unsettled), R
     let Live { node, hub, leases } = live;
     let ready =
         supervise::announce_ready(readiness, *notifier, phases.clone(), node.clone(), addresses);
+    let watched = stopping.clone();
     let mut background = vec![
         tokio::spawn(leases.run(node.clone(), settings, stopped(stopping))),
         tokio::spawn(supervise::keep_certificates(pki, cockpit.names.subscribe())),
@@ -618,7 +631,7 @@ async fn begin(config: &Config, stage: &Stage) -> Result<(Running, Unsettled), R
         tokio::spawn(supervise::forget_removed(node.clone(), peers)),
         tokio::spawn(flags::follow(node.clone(), own_flags, dir.path.clone())),
     ];
-    background.extend(watch_over(&node, stage, &dir));
+    background.extend(watch_over(&node, stage, &dir, watched)?);
     let store = dir.store;
     // Ends with the store; what it does is seen in the store and in the alarm.
     drop(dir.space.spawn_thread(store.clone())?);
@@ -664,7 +677,12 @@ fn scrubber(
 }
 
 /// The tasks that look at a running node, and tell systemd and the journal.
-fn watch_over(node: &Node, stage: &Stage, dir: &DataDir) -> Vec<JoinHandle<()>> {
+fn watch_over(
+    node: &Node,
+    stage: &Stage,
+    dir: &DataDir,
+    stopping: watch::Receiver<bool>,
+) -> io::Result<Vec<JoinHandle<()>>> {
     let Stage { env, notifier, shutdown, repeats, .. } = stage;
     let mut tasks = vec![
         tokio::spawn(figures::report_status(node.clone(), *notifier)),
@@ -677,9 +695,30 @@ fn watch_over(node: &Node, stage: &Stage, dir: &DataDir) -> Vec<JoinHandle<()>> 
     if let Some(watchdog) = Watchdog::from_environment() {
         let pulse = Pulse::new(Arc::clone(&env.clock));
         tasks.push(tokio::spawn(supervise::pulse(node.clone(), pulse.clone())));
-        tasks.push(tokio::spawn(watchdog.feed(*notifier, pulse, shutdown.clone())));
+        feed(watchdog, watchdog.feed(*notifier, pulse, shutdown.clone()), stopping)?;
     }
-    tasks
+    Ok(tasks)
+}
+
+/// On a thread of its own: a thread that hangs inside a task can keep the whole runtime from seeing its timers, and then nobody
+/// would say what hangs.
+fn feed(
+    watchdog: Watchdog,
+    feeding: impl Future<Output = ()> + Send + 'static,
+    stopping: watch::Receiver<bool>,
+) -> io::Result<()> {
+    tracing::debug!(?watchdog, "feeding the watchdog");
+    let life = async {
+        tokio::select! {
+            () = feeding => {}
+            () = stopped(stopping) => {}
+        }
+    };
+    // Nobody waits for the thread: it ends with the life that it feeds for.
+    std::thread::Builder::new()
+        .name("watchdog".to_owned())
+        .spawn(move || client::block_on(life).unwrap_or_default())
+        .map(drop)
 }
 
 fn settling(env: &Env, node: &Node, entered: &Entered, notifier: Notifier) -> Settling {

@@ -103,7 +103,11 @@ pub(super) fn announce_retired(reason: &str) {
             "this server's card is damaged; the other servers have everything, so this one sets its data aside and is filled by them"
         );
     } else if Leaving::may_join_again(reason) {
-        announce!(EventId::LearnerGivenUp, "this node was {reason}; it joins again under a new id");
+        announce!(
+            EventId::LearnerGivenUp,
+            { fields::PEER } = "this node",
+            "this node was {reason}; it joins again under a new id"
+        );
     } else {
         announce!(EventId::NodeRetired, "this node was removed from the cluster: {reason}");
     }

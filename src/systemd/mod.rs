@@ -12,7 +12,7 @@
 //! # Invariants
 //!
 //! - READY=1 is sent at most once, and only when all latches are set.
-//! - The watchdog is fed on behalf of another loop, never for the sake of its own timer.
+//! - Once Raft runs, the watchdog is fed on behalf of its loop, never for the sake of a timer.
 //! - The first reason to stop is the one reported; later ones change nothing.
 
 pub mod health;

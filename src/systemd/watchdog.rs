@@ -1,5 +1,7 @@
 //! Feeds systemd's watchdog for as long as the loop that matters is alive.
 //!
+//! The feeder belongs on a thread of its own (`server::run`): a runtime whose threads hang sees no timers.
+//!
 //! A timer that says "alive" on its own proves only that timers work. Here the loop that matters (Raft's) holds a
 //! [`Pulse`] and ticks it on every turn; the feeder passes life on to systemd only while ticks are recent. When they stop,
 //! the status says since when, feeding stops, and systemd restarts the service.
@@ -94,7 +96,7 @@ impl Watchdog {
     }
 
     /// The time between feedings: a third of the interval, so that one late wake-up does no harm.
-    fn period(self) -> Duration {
+    pub fn period(self) -> Duration {
         self.interval / 3
     }
 

@@ -9,6 +9,7 @@
 
 mod cli;
 mod config;
+mod events;
 mod metrics;
 mod pki;
 mod unit_file;

@@ -622,6 +622,7 @@ impl Follow for Applied {
             if let Ok(view) = self.store.read()
                 && let (Some(applied), Ok(hash)) = (view.applied(), view.state_hash())
             {
+                self.machine.around.oracle.has_snapshot(self.machine.id, applied);
                 self.machine.around.oracle.state(self.machine.id, applied, hash);
             }
         }

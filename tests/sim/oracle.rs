@@ -43,6 +43,10 @@ struct Seen {
     memberships: BTreeMap<u64, Voters>,
     votes: BTreeMap<u64, Vote>,
     nodes: BTreeMap<u64, Running>,
+    /// The last entry that each node acknowledged, and the same of cards that an older image has replaced since: such an answer
+    /// was true when it left, and may still be under way.
+    acknowledged: BTreeMap<u64, LogId>,
+    replaced: BTreeMap<u64, LogId>,
     revisions: BTreeMap<i64, Arc<RevisionEvents>>,
     hashes: BTreeMap<u64, (StateHash, NodeId)>,
     checked: Checked,
@@ -127,6 +131,9 @@ impl Oracle {
         let mut seen = self.lock();
         seen.votes.remove(&node.get());
         seen.nodes.remove(&node.get());
+        if let Some(last) = seen.acknowledged.remove(&node.get()) {
+            seen.replaced.insert(node.get(), last);
+        }
     }
 
     /// A node says that it keeps everything up to an entry, for a leader with this vote.
@@ -136,6 +143,9 @@ impl Oracle {
         let Some(card) = seen.cards.get(&node.get()) else { return };
         let held = card.durable(|log| upto.is_none_or(|upto| log.holds(upto)));
         let promised = card.durable(|log| log.vote);
+        if let Some(upto) = upto {
+            seen.acknowledged.insert(node.get(), upto);
+        }
         drop(seen);
         if !held {
             let last = self.card(node).durable(LogModel::last);
@@ -152,9 +162,9 @@ impl Oracle {
         }
     }
 
-    /// A node says that it has installed a snapshot: from now on its state replaces its log's beginning.
-    pub(crate) fn has_snapshot(&self, node: NodeId, last: Option<LogId>) {
-        if let (Some(last), Some(card)) = (last, self.lock().cards.get(&node.get())) {
+    /// A snapshot has replaced a node's state, durably: from now on it stands for its log's beginning.
+    pub(crate) fn has_snapshot(&self, node: NodeId, last: LogId) {
+        if let Some(card) = self.lock().cards.get(&node.get()) {
             card.covered(last);
         }
     }
@@ -335,12 +345,20 @@ impl Seen {
         self.memberships.extend(known);
     }
 
+    /// Whether a card held an entry, as its node said, when an older image replaced it.
+    fn held(&self, node: u64, id: LogId) -> bool {
+        let last = self.replaced.get(&node);
+        last.is_some_and(|last| {
+            (last.term, last.leader) == (id.term, id.leader) && id.index <= last.index
+        })
+    }
+
     fn check_quorum(&self, node: NodeId, id: LogId) -> Result<(), String> {
         let index = id.index.get();
         let holders: Vec<u64> = self
             .cards
             .iter()
-            .filter(|(_, card)| card.durable(|log| log.holds(id)))
+            .filter(|(node, card)| card.durable(|log| log.holds(id)) || self.held(**node, id))
             .map(|(node, _)| *node)
             .collect();
         let mut known = self.memberships.clone();

@@ -78,7 +78,8 @@ impl Promises {
             Method::Append => {
                 let request = wire::AppendRequest::decode(request).unwrap_or_default();
                 let leader = request.vote.as_ref().map(vote).unwrap_or_default();
-                self.appended(node, leader, reply);
+                let reply = wire::AppendReply::decode(reply).unwrap_or_default();
+                self.appended(node, leader, &reply);
             }
             Method::Vote => {
                 let request = wire::VoteRequest::decode(request).unwrap_or_default();
@@ -111,8 +112,7 @@ impl Promises {
         leader
     }
 
-    fn appended(&self, node: NodeId, leader: Vote, reply: &[u8]) {
-        let reply = wire::AppendReply::decode(reply).unwrap_or_default();
+    fn appended(&self, node: NodeId, leader: Vote, reply: &wire::AppendReply) {
         if let Some(Appended::Appended(appended)) = &reply.result {
             self.oracle.acknowledges(node, leader, appended.upto.as_ref().map(log_id));
         }
@@ -137,24 +137,27 @@ impl StreamPromises {
         }
     }
 
-    /// The next answer leaves the callee.
+    /// The next answer leaves the callee. One that only says how far it is, or that it is alive, answers nothing yet.
     pub(crate) fn answers(&self, message: &[u8]) {
-        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-        match asked {
-            Some(Asked::Append(leader)) => self.promises.appended(self.callee, leader, message),
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        match asked.front() {
+            Some(Asked::Append(leader)) => {
+                let reply = wire::AppendReply::decode(message).unwrap_or_default();
+                if let Some(Appended::Working(_)) = reply.result {
+                    return;
+                }
+                self.promises.appended(self.callee, *leader, &reply);
+            }
             Some(Asked::Snapshot(leader, last)) => {
                 let reply = wire::SnapshotReply::decode(message).unwrap_or_default();
+                let Some(voted) = reply.vote.as_ref().map(vote) else { return };
                 // A newer vote in the answer says no.
-                if reply
-                    .vote
-                    .as_ref()
-                    .map(vote)
-                    .is_some_and(|vote| (vote.term, vote.node) == (leader.term, leader.node))
-                {
-                    self.promises.oracle.has_snapshot(self.callee, last);
+                if (voted.term, voted.node) == (leader.term, leader.node) {
+                    self.promises.oracle.acknowledges(self.callee, *leader, *last);
                 }
             }
             None => {}
         }
+        asked.pop_front();
     }
 }
