@@ -219,6 +219,22 @@ impl Host {
         self.ctl(&["get", key, "--print-value-only"]).trim().to_owned()
     }
 
+    /// Process id of the daemon, as seen from here.
+    pub fn outer_pid(&self) -> i32 {
+        let inner = self.main_pid();
+        let space = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+        let own = space(&self.leader().to_string());
+        let here = |pid: &String| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+            ids.is_some_and(|ids| ids.split_whitespace().last() == Some(&inner))
+                && space(pid) == own
+        };
+        let all = fs::read_dir("/proc").unwrap();
+        let mut all = all.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+        all.find(here).expect("the daemon's process").parse().unwrap()
+    }
+
     /// Process id of the daemon, as seen on the host.
     pub fn main_pid(&self) -> String {
         self.property("MainPID")
