@@ -332,7 +332,7 @@ impl Server {
             LOST => self.card.disk.power_cut(|_| Fate::LOST),
             KEPT => self.card.disk.power_cut(|_| Fate::KEPT),
             // The process alone is gone; a step that lost its power is none of these.
-            _ if fate % 4 == 0 && !self.card.disk.has_failed() => self.card.disk.restart(),
+            _ if fate.is_multiple_of(4) && !self.card.disk.has_failed() => self.card.disk.restart(),
             _ => self.card.disk.power_cut(random(Random::new(fate))),
         }
         self.card.arm(None);

@@ -5,6 +5,8 @@
 //! why. `bench/` measures times; nothing here does.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed unwrap is a failed test")]
 #![allow(clippy::print_stderr, reason = "a test that is skipped must say so")]
+#![allow(clippy::print_stdout, reason = "a seed is printed so that a failure can be repeated")]
+#![allow(clippy::let_underscore_must_use, reason = "a process that ended already cannot be killed")]
 
 mod card;
 #[path = "../support/mod.rs"]
@@ -161,7 +163,7 @@ async fn cost_of_idle_minute(linger: Duration) -> Option<Counters> {
     let env = Env { clock: std::sync::Arc::new(clock.clone()), ..host::env() };
     let mut log = Log::open(card()?, &env, linger).await;
     let before = log.card.counters();
-    for window in windows(&idle_minute(), linger.as_millis() as u64) {
+    for window in windows(&idle_minute(), u64::try_from(linger.as_millis()).unwrap()) {
         let pending: Vec<_> = window.iter().map(|urgency| log.append(1, *urgency)).collect();
         if window.last() != Some(&Urgency::Urgent) {
             // Nobody urgent: the writer sleeps until the first has waited long enough.
