@@ -56,5 +56,5 @@ fn update_is_judged_by_this_host_and_not_by_its_peers() {
     let (status, _) = host.command(&["systemctl", "start", HEALTH]);
     assert_ne!(status, 0, "a release that refuses the configuration passed");
     let said = host.shell(&format!("journalctl --no-pager -o cat -u {HEALTH}"));
-    assert!(said.contains("configuration"), "{said}");
+    assert!(said.contains("the start is refused") && said.contains("config.yaml:1:"), "{said}");
 }

@@ -157,16 +157,15 @@ impl Host {
         self.shell(&format!("journalctl --sync; journalctl --no-pager -b -o cat -u {UNIT}"))
     }
 
-    /// When the unit last said something, in microseconds; of the boot before this one with `-1`.
-    pub fn when(&self, boot: &str, text: &str) -> u64 {
-        let lines =
-            self.shell(&format!("journalctl --sync; journalctl -b {boot} -o json -u {UNIT}"));
-        let mut entries =
-            lines.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let last = entries
-            .find(|entry| entry["MESSAGE"].as_str().is_some_and(|said| said.contains(text)))
-            .unwrap_or_else(|| panic!("{} never said {text:?}", self.name()));
-        last["__REALTIME_TIMESTAMP"].as_str().unwrap().parse().unwrap()
+    /// When the unit said something, in microseconds; in the boot before this one with `-1`.
+    pub fn when(&self, boot: &str, text: &str) -> Vec<u64> {
+        let line = format!("journalctl --sync; journalctl -b {boot} -o json -u {UNIT}");
+        let lines = self.shell(&line);
+        let entries = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let said =
+            |entry: &Value| entry["MESSAGE"].as_str().is_some_and(|said| said.contains(text));
+        let time = |entry: Value| entry["__REALTIME_TIMESTAMP"].as_str().unwrap().parse().unwrap();
+        entries.filter(said).map(time).collect()
     }
 
     /// Whether the unit is up, which means ready.
@@ -218,6 +217,22 @@ impl Host {
     /// A linearizable read through this host.
     pub fn value(&self, key: &str) -> String {
         self.ctl(&["get", key, "--print-value-only"]).trim().to_owned()
+    }
+
+    /// Process id of the daemon, as seen from here.
+    pub fn outer_pid(&self) -> i32 {
+        let inner = self.main_pid();
+        let space = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+        let own = space(&self.leader().to_string());
+        let here = |pid: &String| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+            ids.is_some_and(|ids| ids.split_whitespace().last() == Some(&inner))
+                && space(pid) == own
+        };
+        let all = fs::read_dir("/proc").unwrap();
+        let mut all = all.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+        all.find(here).expect("the daemon's process").parse().unwrap()
     }
 
     /// Process id of the daemon, as seen on the host.
