@@ -1,4 +1,4 @@
-//! Changes of members, as far as a server that nobody can join yet allows them.
+//! Changes of members, as clients of the etcd API ask for them.
 
 use std::time::Instant;
 

@@ -234,7 +234,7 @@ async fn three_servers_whose_certificates_have_ended_start_and_serve() {
 
     for (server, before) in servers.all.iter().zip(before) {
         let log = &server.printed()[before..];
-        let words = ["it had expired", "it would have expired in "];
+        let words = [".crt: it had expired", ".crt: it would have expired in "];
         let count: usize = words.iter().map(|words| log.matches(words).count()).sum();
         assert_eq!(count, 3, "{log}");
         serves(server.channel().await, "again").await.unwrap();

@@ -194,6 +194,7 @@ const DECODERS: &[(&str, Decode)] = &[
     ("BeginRequest", only::<node::BeginRequest>),
     ("FinishRequest", only::<node::FinishRequest>),
     ("FlagsRequest", only::<node::FlagsRequest>),
+    ("ServerStatusRequest", only::<node::ServerStatusRequest>),
     ("ChangeFlagRequest", only::<node::ChangeFlagRequest>),
     ("NodesRequest", only::<node::NodesRequest>),
 ];
