@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -16,7 +17,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// A directory, a configuration, a notify socket, and a runtime directory.
 pub struct Server {
     dir: TempDir,
-    notify: UnixDatagram,
+    /// What the service manager hears.
+    notified: Receiver<String>,
     pub metrics: String,
     pub client: String,
 }
@@ -33,8 +35,7 @@ impl Server {
         std::fs::write(dir.path().join("config.yaml"), config).unwrap();
         std::fs::create_dir(dir.path().join("run")).unwrap();
         let notify = UnixDatagram::bind(dir.path().join("notify")).unwrap();
-        notify.set_read_timeout(Some(PATIENCE)).unwrap();
-        Self { dir, notify, metrics, client }
+        Self { dir, notified: listen(notify), metrics, client }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -66,13 +67,11 @@ impl Server {
     /// The next messages to the service manager, up to one that begins like this.
     pub fn notified(&self, start: &str) -> Vec<String> {
         let deadline = Instant::now() + PATIENCE;
-        let (mut seen, mut buffer) = (Vec::new(), [0; 4096]);
+        let mut seen = Vec::new();
         loop {
-            assert!(Instant::now() < deadline, "no {start}; seen: {seen:#?}");
-            let length = self.notify.recv(&mut buffer).unwrap_or_else(|error| {
-                panic!("{error} while waiting for {start}; seen: {seen:#?}")
-            });
-            let message = String::from_utf8_lossy(&buffer[..length]).trim_end().to_owned();
+            let Some(message) = self.next_within(deadline) else {
+                panic!("no {start}; seen: {seen:#?}");
+            };
             seen.push(message.clone());
             if message.starts_with(start) {
                 return seen;
@@ -82,17 +81,28 @@ impl Server {
 
     /// The next message that comes before `end`.
     pub fn next_within(&self, end: Instant) -> Option<String> {
-        let left = end.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        self.notify.set_read_timeout(Some(left)).unwrap();
-        let mut buffer = [0; 4096];
-        let length = self.notify.recv(&mut buffer).ok()?;
-        Some(String::from_utf8_lossy(&buffer[..length]).trim_end().to_owned())
+        self.notified.recv_timeout(end.saturating_duration_since(Instant::now())).ok()
     }
 
     pub fn phase(&self) -> serde_json::Value {
         let text = std::fs::read(self.path("run").join("phase.json")).unwrap();
         serde_json::from_slice(&text).unwrap()
     }
+}
+
+/// Takes messages as they come, as a service manager does: a full socket would make the server wait.
+fn listen(notify: UnixDatagram) -> Receiver<String> {
+    let (heard, notified) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(length) = notify.recv(&mut buffer) {
+            let message = String::from_utf8_lossy(&buffer[..length]).trim_end().to_owned();
+            if heard.send(message).is_err() {
+                return;
+            }
+        }
+    });
+    notified
 }
 
 pub fn text(bytes: &[u8]) -> String {
