@@ -7,7 +7,7 @@
 .POSIX:
 PROFILE = dist
 ARCH =
-.PHONY: demo run test test-system deb image test-image fmt lint bench bench-sd build setup test-harness transcripts sim sim-mutants clean-demo
+.PHONY: demo run test test-system deb image test-image fmt lint bench bench-sd build setup test-harness transcripts sim sim-mutants cuts clean-demo
 
 demo:
 	@.ci/setup build
@@ -74,6 +74,10 @@ transcripts: setup
 # A whole cluster from one seed, 400 times for two simulated minutes; SIM passes more, as `--seeds 0..40 --case-dir cases`.
 sim:
 	cargo test --release --test sim -- --seeds 0..400 --seconds 120 $(SIM)
+
+# Founding and joining, cut at every step and every await; `make test` makes a third of the cuts.
+cuts:
+	CUT_ALL=1 cargo test --lib life::tests -- --nocapture
 
 # Every planted fault must be seen.
 sim-mutants:
