@@ -77,7 +77,7 @@ sim:
 
 # Founding and joining, cut at every step and every await; `make test` makes a third of the cuts.
 cuts:
-	CUT_ALL=1 cargo test --lib life::tests -- --nocapture
+	CUT_ALL=1 cargo test --lib server::life::tests -- --nocapture
 
 # Every planted fault must be seen.
 sim-mutants:
