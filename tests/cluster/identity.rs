@@ -20,8 +20,16 @@ fn found_where_they_are(cluster: &Cluster) {
     expected.sort();
     for machine in &cluster.machines {
         until(&format!("{} knows all new addresses", machine.name), || {
-            let mut listed: Vec<_> = members(machine)
-                .iter()
+            // A server that is on its way to another address does not answer for a moment.
+            let (status, said) = machine.etcdctl(&["member", "list", "-w", "json"]);
+            let list: serde_json::Value = match serde_json::from_str(&said) {
+                Ok(list) if status == 0 => list,
+                Ok(_) | Err(_) => return false,
+            };
+            let mut listed: Vec<_> = list["members"]
+                .as_array()
+                .into_iter()
+                .flatten()
                 .map(|member| {
                     let text = |value: &serde_json::Value| value.as_str().unwrap_or("").to_owned();
                     let urls = (&member["peerURLs"][0], &member["clientURLs"][0]);
