@@ -6,7 +6,8 @@
 //!
 //! The crate sends on the calling thread over a blocking socket. Unlike the journal's (`observe::forward` says how that is
 //! dealt with), this one is emptied by PID 1, whose loop writes to no card, and it holds hundreds of messages
-//! (`net.unix.max_dgram_qlen`). We send a few a minute.
+//! (`net.unix.max_dgram_qlen`). We send a dozen a minute at most. Should it be full all the same, the sender waits, as with any
+//! program that uses `sd_notify`.
 //!
 //! # Not here
 //!

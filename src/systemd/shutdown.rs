@@ -92,24 +92,21 @@ impl Shutdown {
         }
     }
 
-    /// Turns SIGTERM and SIGINT into a shutdown. SIGHUP is reserved for reloading and does nothing, so that a closed
-    /// terminal does not stop a server by the default action.
+    /// Turns SIGTERM and SIGINT into a shutdown, and takes SIGHUP's default action away, which would end the process: whoever
+    /// reloads listens for it later, and a closed terminal stops no server.
     ///
     /// Needs a tokio runtime. The handlers are installed when this returns.
     pub fn on_signals(&self) -> io::Result<JoinHandle<()>> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut hangup = signal(SignalKind::hangup())?;
+        // A handler stays installed when its stream is gone.
+        drop(signal(SignalKind::hangup())?);
         let shutdown = self.clone();
         Ok(tokio::spawn(async move {
             loop {
                 let name = tokio::select! {
                     _ = terminate.recv() => "SIGTERM",
                     _ = interrupt.recv() => "SIGINT",
-                    _ = hangup.recv() => {
-                        tracing::debug!("SIGHUP does nothing yet");
-                        continue;
-                    }
                 };
                 shutdown.begin(StopReason::Signal(name));
             }
